@@ -1,0 +1,3 @@
+//! Disk images and the engines that move their bytes. Knows nothing of virtio or KVM.
+
+pub mod engine;

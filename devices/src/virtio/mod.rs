@@ -1,0 +1,4 @@
+//! Virtio 1.2: the PCI transport and the devices behind it.
+
+pub mod device;
+pub mod queue;

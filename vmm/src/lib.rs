@@ -1,0 +1,3 @@
+//! skiff: a small KVM virtual machine monitor.
+
+pub mod config;
