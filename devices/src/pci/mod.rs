@@ -1,3 +1,5 @@
 //! PCI: one root bus, its configuration space, and message-signalled interrupts.
 
+pub mod config;
 pub mod msix;
+pub mod root;
