@@ -1,7 +1,13 @@
 //! The devices of the machine. A notification arrives as an eventfd, an interrupt leaves as one; nothing here knows KVM.
 
+pub mod acpi;
 pub mod bus;
+pub mod cmos;
+pub mod debug_exit;
+pub mod i8042;
 pub mod pci;
 pub mod power;
+pub mod pvpanic;
+pub mod serial;
 pub mod virtio;
 pub mod worker;
