@@ -1,0 +1,262 @@
+//! ELF kernels: program headers, the PVH note, and loading from a file or from an unpacked payload as it comes. Called
+//! by the main thread while the machine is built.
+//!
+//! The loader is our own because a payload arrives in pieces and is never whole in our memory, and because each way in
+//! which a file is not a kernel has its own message.
+
+use std::fs::File;
+use std::ops::Range;
+use std::os::unix::fs::FileExt;
+
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+
+use crate::BootError;
+use crate::bytes::{align_up, read_into_guest, u16_at, u32_at, u64_at, zero};
+use crate::kernel;
+use crate::payload::Payload;
+
+pub(crate) const MAGIC: [u8; 4] = *b"\x7fELF";
+const KIND: &str = "ELF kernel";
+const CLASS_64: u8 = 2;
+const LITTLE_ENDIAN: u8 = 1;
+const ET_REL: u16 = 1;
+const ET_CORE: u16 = 4;
+const EM_X86_64: u16 = 62;
+const PT_LOAD: u32 = 1;
+const PT_INTERP: u32 = 3;
+const PT_NOTE: u32 = 4;
+/// Size of the file header and of one program header (System V ABI, ELF-64).
+const HEADER: usize = 64;
+const PROGRAM_HEADER: usize = 56;
+/// A kernel has about five.
+const PROGRAM_HEADERS_MAX: u16 = 128;
+/// A kernel's notes take less than a page.
+const NOTES_MAX: u64 = 0x1_0000;
+/// The note with the 32-bit entry address (Xen: xen/include/public/elfnote.h).
+const XEN_ELFNOTE_PHYS32_ENTRY: u32 = 18;
+
+/// A PT_LOAD program header.
+#[derive(Clone, Debug)]
+struct Segment {
+    /// Where its bytes are in the file.
+    file: Range<u64>,
+    /// Guest-physical address.
+    address: u64,
+    /// Bytes in memory; those the file does not have are zero.
+    len: u64,
+}
+
+impl Segment {
+    fn end(&self) -> u64 {
+        self.address + self.len
+    }
+}
+
+/// A checked ELF kernel.
+#[derive(Debug)]
+pub(crate) struct Elf {
+    /// `e_entry`.
+    pub(crate) entry: u64,
+    /// The address in the PVH note, once it was read.
+    pub(crate) pvh_entry: Option<u32>,
+    /// Sorted by address, not overlapping, at least one.
+    segments: Vec<Segment>,
+    /// Where PT_NOTE segments are in the file.
+    notes: Vec<Range<u64>>,
+}
+
+impl Elf {
+    /// Reads the headers of an image of `len` bytes that starts with `head` and with [`MAGIC`].
+    pub(crate) fn parse(head: &[u8], len: u64) -> Result<Self, BootError> {
+        check_header(head, len)?;
+        let mut elf = Self { entry: u64_at(head, 24), pvh_entry: None, segments: Vec::new(), notes: Vec::new() };
+        for header in program_headers(head, len)?.chunks_exact(PROGRAM_HEADER) {
+            elf.add(header, len)?;
+        }
+        if elf.segments.is_empty() {
+            return Err(BootError::NotAKernelElf { what: "one without anything to load" });
+        }
+        elf.segments.sort_unstable_by_key(|segment| segment.address);
+        if elf.segments.windows(2).any(|pair| pair[0].end() > pair[1].address) {
+            return Err(damaged("its segments overlap in memory"));
+        }
+        Ok(elf)
+    }
+
+    fn add(&mut self, header: &[u8], len: u64) -> Result<(), BootError> {
+        let offset = u64_at(header, 8);
+        let (address, file_len, memory_len) = (u64_at(header, 24), u64_at(header, 32), u64_at(header, 40));
+        let end = offset.checked_add(file_len).ok_or(damaged("a segment ends past the largest offset"))?;
+        let kind = u32_at(header, 0);
+        if matches!(kind, PT_LOAD | PT_NOTE) && end > len {
+            return Err(BootError::Truncated { kind: KIND, expected: end, found: len });
+        }
+        match kind {
+            PT_INTERP => return Err(BootError::NotAKernelElf { what: "a program for an operating system" }),
+            PT_NOTE if file_len <= NOTES_MAX => self.notes.push(offset..end),
+            PT_LOAD if memory_len == 0 => {}
+            PT_LOAD if file_len > memory_len => return Err(damaged("a segment is larger in the file than in memory")),
+            PT_LOAD => {
+                address.checked_add(memory_len).ok_or(damaged("a segment ends past the largest address"))?;
+                self.segments.push(Segment { file: offset..end, address, len: memory_len });
+            }
+            _ => {}
+        }
+        Ok(())
+    }
+
+    /// Looks for the PVH note in the file.
+    pub(crate) fn find_pvh_entry(&mut self, file: &File) -> Result<(), BootError> {
+        for note in &self.notes {
+            let mut bytes = vec![0; (note.end - note.start) as usize];
+            file.read_exact_at(&mut bytes, note.start).map_err(BootError::ReadKernel)?;
+            self.pvh_entry = self.pvh_entry.or(pvh_entry(&bytes));
+        }
+        Ok(())
+    }
+
+    /// Copies the segments from the file into guest memory, each in one read.
+    pub(crate) fn load(&self, memory: &GuestMemoryMmap, file: &File) -> Result<(), BootError> {
+        self.prepare(memory)?;
+        for segment in &self.segments {
+            let len = segment.file.end - segment.file.start;
+            read_into_guest(memory, segment.address, file, segment.file.start, len)
+                .map_err(|error| BootError::ReadKernel(error.into()))?;
+        }
+        Ok(())
+    }
+
+    /// Checks that the kernel fits and zeroes what the file does not fill.
+    fn prepare(&self, memory: &GuestMemoryMmap) -> Result<(), BootError> {
+        for segment in self.segments.iter().rev() {
+            kernel::check_place(memory, segment.address, segment.end())?;
+        }
+        for segment in &self.segments {
+            zero(memory, segment.address + (segment.file.end - segment.file.start), segment.end())?;
+        }
+        Ok(())
+    }
+
+    /// Copies what segments have of a piece of the image that begins at file offset `at`.
+    fn place(&self, memory: &GuestMemoryMmap, at: u64, piece: &[u8]) -> Result<(), BootError> {
+        for Segment { file, address, .. } in &self.segments {
+            let start = file.start.max(at);
+            let end = file.end.min(at + piece.len() as u64);
+            if start < end {
+                let bytes = &piece[(start - at) as usize..(end - at) as usize];
+                memory.write_slice(bytes, GuestAddress(address + (start - file.start)))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Looks for the PVH note in the segments in guest memory: a linked kernel has its notes there.
+    fn placed_pvh_entry(&self, memory: &GuestMemoryMmap) -> Result<Option<u32>, BootError> {
+        for note in &self.notes {
+            let holder = self.segments.iter().find(|it| it.file.start <= note.start && note.end <= it.file.end);
+            if let Some(segment) = holder {
+                let mut bytes = vec![0; (note.end - note.start) as usize];
+                memory.read_slice(&mut bytes, GuestAddress(segment.address + (note.start - segment.file.start)))?;
+                if let Some(entry) = pvh_entry(&bytes) {
+                    return Ok(Some(entry));
+                }
+            }
+        }
+        Ok(None)
+    }
+
+    /// The lowest address it occupies.
+    pub(crate) fn start(&self) -> u64 {
+        self.segments.first().map_or(0, |segment| segment.address)
+    }
+
+    /// The first address after it.
+    pub(crate) fn end(&self) -> u64 {
+        self.segments.last().map_or(0, Segment::end)
+    }
+
+    /// Is there something of the kernel at this address?
+    pub(crate) fn contains(&self, address: u64) -> bool {
+        self.segments.iter().any(|segment| (segment.address..segment.end()).contains(&address))
+    }
+}
+
+/// Unpacks a payload and copies its segments into guest memory as they come.
+pub(crate) fn load_payload(memory: &GuestMemoryMmap, payload: &Payload) -> Result<Elf, BootError> {
+    let mut image: Option<Elf> = None;
+    payload.unpack(|at, piece| {
+        let elf = match &image {
+            Some(elf) => elf,
+            None if !piece.starts_with(&MAGIC) => return Err(payload.compression.corrupt("it is not an ELF image")),
+            None => {
+                let elf = Elf::parse(piece, payload.unpacked_len)?;
+                elf.prepare(memory)?;
+                image.insert(elf)
+            }
+        };
+        elf.place(memory, at, piece)
+    })?;
+    let mut elf = image.ok_or_else(|| payload.compression.corrupt("it is empty"))?;
+    elf.pvh_entry = elf.placed_pvh_entry(memory)?;
+    Ok(elf)
+}
+
+fn damaged(what: &'static str) -> BootError {
+    BootError::Damaged { kind: KIND, what }
+}
+
+fn check_header(head: &[u8], len: u64) -> Result<(), BootError> {
+    if head.len() < HEADER {
+        return Err(BootError::Truncated { kind: KIND, expected: HEADER as u64, found: len });
+    }
+    if head[4] != CLASS_64 {
+        return Err(BootError::Elf32);
+    }
+    let machine = u16_at(head, 18);
+    if head[5] != LITTLE_ENDIAN || machine != EM_X86_64 {
+        let machine = match machine {
+            183 => "aarch64",
+            243 => "RISC-V",
+            258 => "LoongArch",
+            _ => "another architecture",
+        };
+        return Err(BootError::WrongMachine { machine });
+    }
+    match u16_at(head, 16) {
+        ET_REL => Err(BootError::NotAKernelElf { what: "an object file or kernel module" }),
+        ET_CORE => Err(BootError::NotAKernelElf { what: "a core dump" }),
+        _ => Ok(()),
+    }
+}
+
+/// The program headers, which lie in the first bytes of a kernel.
+fn program_headers(head: &[u8], len: u64) -> Result<&[u8], BootError> {
+    let (offset, size, count) = (u64_at(head, 32), u16_at(head, 54), u16_at(head, 56));
+    if count == 0 {
+        return Err(BootError::NotAKernelElf { what: "one without anything to load" });
+    }
+    if usize::from(size) != PROGRAM_HEADER || count > PROGRAM_HEADERS_MAX {
+        return Err(damaged("its program headers have the wrong size or number"));
+    }
+    let end = offset.saturating_add(u64::from(size) * u64::from(count));
+    if end > len {
+        return Err(BootError::Truncated { kind: KIND, expected: end, found: len });
+    }
+    head.get(offset as usize..end as usize).ok_or(damaged("its program headers are not at its start"))
+}
+
+/// The address in the PVH note among these notes, each a header of three words, a name and a descriptor, the latter two
+/// padded to 4 bytes.
+fn pvh_entry(mut notes: &[u8]) -> Option<u32> {
+    while notes.len() >= 12 {
+        let (name_len, descriptor_len, kind) = (u32_at(notes, 0), u32_at(notes, 4), u32_at(notes, 8));
+        let name_end = 12 + name_len as usize;
+        let descriptor = 12 + align_up(u64::from(name_len), 4)? as usize;
+        let next = descriptor + align_up(u64::from(descriptor_len), 4)? as usize;
+        if kind == XEN_ELFNOTE_PHYS32_ENTRY && notes.get(12..name_end)? == b"Xen\0" && descriptor_len >= 4 {
+            return notes.get(descriptor..descriptor + 4).map(|address| u32_at(address, 0));
+        }
+        notes = notes.get(next..)?;
+    }
+    None
+}

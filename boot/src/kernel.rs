@@ -1,0 +1,189 @@
+//! Tells kernel images apart by their first bytes and loads what they are. Called by the main thread while the machine
+//! is built.
+
+use std::fs::File;
+
+use linux_loader::loader::bootparam::setup_header;
+use vm_memory::{Address, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
+
+use crate::bytes::{read_head, u32_at};
+use crate::elf::{self, Elf};
+use crate::payload::{Compression, Payload};
+use crate::{BootError, Entered, Protocol, Request, Unpack, bzimage};
+
+/// Bytes looked at before the kind of an image is known. An ELF image keeps its program headers in them.
+pub(crate) const HEAD: usize = 0x10000;
+
+/// Everything below belongs to the boot structures and the firmware.
+const LOWEST: u64 = 0x10_0000;
+/// The page tables of the 64-bit entry, and a 32-bit entry, reach this far.
+const HIGHEST: u64 = 1 << 32;
+/// RAM reaches this far without a hole on every machine that has as much.
+const UNBROKEN: u64 = 2 << 30;
+
+/// A kernel in guest memory.
+pub(crate) struct Kernel {
+    /// How it is entered.
+    pub(crate) entered: Entered,
+    /// The address of its first instruction.
+    pub(crate) entry: u64,
+    /// First address it occupies.
+    pub(crate) start: u64,
+    /// First address after it and the space it asked for: an initrd may start here.
+    pub(crate) end: u64,
+    /// The setup header for the zero page: the image's own, or one made for an ELF image.
+    pub(crate) header: setup_header,
+    /// Bytes of command line, without the NUL.
+    pub(crate) cmdline_max: usize,
+    /// The last address an initrd may occupy.
+    pub(crate) initrd_max: u64,
+    /// The compression undone on the host.
+    pub(crate) unpacked: Option<Compression>,
+}
+
+/// Loads the image by the protocol asked for.
+pub(crate) fn load(memory: &GuestMemoryMmap, request: &Request) -> Result<Kernel, BootError> {
+    let file = request.kernel;
+    let (head, len) = open(file)?;
+    if head.starts_with(&elf::MAGIC) {
+        return load_elf(memory, file, &head, len, request.protocol);
+    }
+    check_bzimage(&head)?;
+    let image = bzimage::parse(&head, len)?;
+    match (request.unpack, request.protocol) {
+        (Unpack::Guest, Protocol::Pvh) => Err(BootError::PvhNeedsElf),
+        (Unpack::Guest, Protocol::Auto | Protocol::Linux) => image.load(memory, file),
+        (Unpack::Host, protocol) => {
+            let payload = Payload::of(file, &image)?;
+            let elf = elf::load_payload(memory, &payload)?;
+            let entered = if protocol == Protocol::Pvh { Entered::Pvh } else { Entered::Linux };
+            let kernel = enter_elf(&elf, entered, image.header)?;
+            Ok(Kernel { unpacked: Some(payload.compression), ..kernel })
+        }
+    }
+}
+
+/// The first bytes of a kernel file and its length.
+pub(crate) fn open(file: &File) -> Result<(Vec<u8>, u64), BootError> {
+    let metadata = file.metadata().map_err(BootError::ReadKernel)?;
+    if !metadata.is_file() {
+        return Err(BootError::KernelNotAFile);
+    }
+    if metadata.len() == 0 {
+        return Err(BootError::EmptyKernel);
+    }
+    Ok((read_head(file, HEAD).map_err(BootError::ReadKernel)?, metadata.len()))
+}
+
+/// Says what a file is that starts like neither kind of kernel.
+pub(crate) fn check_bzimage(head: &[u8]) -> Result<(), BootError> {
+    if bzimage::is_one(head) { Ok(()) } else { Err(BootError::NotAKernel { looks_like: looks_like(head) }) }
+}
+
+fn load_elf(
+    memory: &GuestMemoryMmap,
+    file: &File,
+    head: &[u8],
+    len: u64,
+    protocol: Protocol,
+) -> Result<Kernel, BootError> {
+    let mut elf = Elf::parse(head, len)?;
+    elf.find_pvh_entry(file)?;
+    let entered = match protocol {
+        Protocol::Pvh => Entered::Pvh,
+        Protocol::Auto if elf.pvh_entry.is_some() => Entered::Pvh,
+        Protocol::Linux | Protocol::Auto => Entered::Linux,
+    };
+    let kernel = enter_elf(&elf, entered, bzimage::header_for_elf())?;
+    elf.load(memory, file)?;
+    Ok(kernel)
+}
+
+/// A kernel at the place its ELF image is linked to.
+fn enter_elf(elf: &Elf, entered: Entered, header: setup_header) -> Result<Kernel, BootError> {
+    let entry = match entered {
+        Entered::Linux => elf.entry,
+        Entered::Pvh => u64::from(elf.pvh_entry.ok_or(BootError::NoPvhNote)?),
+    };
+    if !elf.contains(entry) {
+        return Err(BootError::Damaged { kind: "ELF kernel", what: "its entry address is in no segment" });
+    }
+    Ok(Kernel {
+        entered,
+        entry,
+        start: elf.start(),
+        end: elf.end(),
+        header,
+        cmdline_max: header.cmdline_size as usize,
+        initrd_max: u64::from(header.initrd_addr_max),
+        unpacked: None,
+    })
+}
+
+/// Checks that a kernel may occupy `start..end`: RAM from 1 MiB up, below 4 GiB.
+pub(crate) fn check_place(memory: &GuestMemoryMmap, start: u64, end: u64) -> Result<(), BootError> {
+    let outside = BootError::OutsideRam { start, end };
+    if start < LOWEST || end > HIGHEST || start > end {
+        return Err(outside);
+    }
+    if memory.check_range(GuestAddress(start), (end - start) as usize) {
+        return Ok(());
+    }
+    let available = ram_below_hole(memory);
+    if end <= UNBROKEN { Err(BootError::MemoryTooSmall { needed: end, available }) } else { Err(outside) }
+}
+
+/// Bytes of RAM from address 0 up to the first hole.
+pub(crate) fn ram_below_hole(memory: &GuestMemoryMmap) -> u64 {
+    let mut end = 0;
+    for region in memory.iter() {
+        if region.start_addr().raw_value() == end {
+            end += region.len();
+        }
+    }
+    end
+}
+
+/// Signatures at the start of files that people give by mistake, most specific first.
+const SIGNATURES: &[(usize, &[u8], &str)] = &[
+    (0x38, b"ARM\x64", "a Linux kernel for arm64"),
+    (0x30, b"RISCV", "a Linux kernel for RISC-V"),
+    (0, b"\x1f\x8b", "a gzip file (an initrd or a compressed kernel)"),
+    (0, b"\x28\xb5\x2f\xfd", "a zstd file (an initrd or a compressed kernel)"),
+    (0, b"\xfd7zXZ\0", "an xz file (an initrd or a compressed kernel)"),
+    (0, b"\x02\x21\x4c\x18", "an LZ4 file (an initrd or a compressed kernel)"),
+    (0, b"\x04\x22\x4d\x18", "an LZ4 file (an initrd or a compressed kernel)"),
+    (0, b"BZh", "a bzip2 file"),
+    (0, b"070701", "a cpio archive (an initrd)"),
+    (0, b"070702", "a cpio archive (an initrd)"),
+    (0, b"!<arch>\n", "a package or static library"),
+    (0, b"PK\x03\x04", "a zip file"),
+    (0, b"QFI\xfb", "a qcow2 disk image"),
+    (0, b"KDMV", "a VMDK disk image"),
+    (0, b"hsqs", "a squashfs image"),
+    (0, b"\x27\x05\x19\x56", "a U-Boot image"),
+    (0, b"\xd0\x0d\xfe\xed", "a device tree or FIT image"),
+    (0x8001, b"CD001", "a CD image"),
+    (0x438, b"\x53\xef", "an ext4 file system"),
+    (0x200, b"EFI PART", "a disk image with a partition table"),
+    (0, b"MZ", "an EFI or Windows program"),
+    (0x1fe, b"\x55\xaa", "a boot sector or disk image"),
+    (0, b"#!", "a script"),
+];
+
+/// What a file that is no kernel could be, with an article.
+fn looks_like(head: &[u8]) -> &'static str {
+    for (offset, signature, name) in SIGNATURES {
+        if head.get(*offset..).is_some_and(|rest| rest.starts_with(signature)) {
+            return name;
+        }
+    }
+    let sample = &head[..head.len().min(512)];
+    if sample.iter().all(|byte| byte.is_ascii_graphic() || byte.is_ascii_whitespace() || *byte >= 0x80) {
+        "a text file"
+    } else if u32_at(head, 0) == 0 && sample.iter().all(|byte| *byte == 0) {
+        "a file of zeros (an empty disk image)"
+    } else {
+        "data of an unknown kind"
+    }
+}

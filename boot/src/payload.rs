@@ -1,0 +1,152 @@
+//! The compressed vmlinux inside a bzImage, unpacked on the host: what the guest would otherwise spend its first
+//! moments on. Called by the main thread while the machine is built.
+
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+
+use crate::bytes::u32_at;
+use crate::bzimage::{self, BzImage};
+use crate::{BootError, kernel};
+
+/// How a payload is compressed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Compression {
+    /// LZ4, legacy frame: blocks of 8 MiB, independent of each other.
+    Lz4,
+}
+
+/// Magic numbers of payloads; those without a compression of ours are left to the guest.
+const MAGICS: &[(&[u8], &str, Option<Compression>)] = &[
+    (b"\x02\x21\x4c\x18", "LZ4", Some(Compression::Lz4)),
+    (b"\x1f\x8b", "gzip", None),
+    (b"\x28\xb5\x2f\xfd", "zstd", None),
+    (b"\xfd7zXZ\0", "xz", None),
+    (b"BZh", "bzip2", None),
+    (b"\x5d\0\0", "LZMA", None),
+    (b"\x89LZO", "LZO", None),
+];
+
+const LZ4_MAGIC: u32 = 0x184c_2102;
+/// Bytes a block unpacks to, the last one excepted.
+const LZ4_BLOCK: usize = 8 << 20;
+/// Bytes a block can take packed: incompressible data grows by 1/255.
+const LZ4_PACKED_MAX: usize = LZ4_BLOCK + LZ4_BLOCK / 255 + 16;
+
+/// The payload of a bzImage: where it is and what it is.
+#[derive(Debug)]
+pub struct Payload<'a> {
+    file: &'a File,
+    /// File offset behind the magic number.
+    start: u64,
+    /// File offset of the trailing length.
+    end: u64,
+    /// How it is compressed.
+    pub compression: Compression,
+    /// Bytes it unpacks to.
+    pub unpacked_len: u64,
+}
+
+impl<'a> Payload<'a> {
+    /// Finds the payload of a bzImage file.
+    ///
+    /// # Errors
+    /// What [`crate::load`] says of a file that is not a whole bzImage of x86-64; [`BootError::Unpack`] if the
+    /// compression is not one of [`Compression`].
+    pub fn open(file: &'a File) -> Result<Self, BootError> {
+        let (head, len) = kernel::open(file)?;
+        kernel::check_bzimage(&head)?;
+        Self::of(file, &bzimage::parse(&head, len)?)
+    }
+
+    /// Finds the payload of a bzImage whose header was read.
+    pub(crate) fn of(file: &'a File, image: &BzImage) -> Result<Self, BootError> {
+        let (offset, len) = (u64::from(image.header.payload_offset), u64::from(image.header.payload_length));
+        // A magic number in front, the unpacked length (32 bits) behind.
+        if len < 12 || offset + len > image.kernel_len {
+            return Err(BootError::Damaged { kind: "bzImage", what: "its payload is not inside it" });
+        }
+        let start = image.setup_len + offset;
+        let end = start + len - 4;
+        let (mut magic, mut length) = ([0; 6], [0; 4]);
+        file.read_exact_at(&mut magic, start).map_err(BootError::ReadKernel)?;
+        file.read_exact_at(&mut length, end).map_err(BootError::ReadKernel)?;
+        let found = MAGICS.iter().find(|(bytes, ..)| magic.starts_with(bytes));
+        let (name, compression) = found.map_or(("unknown", None), |(_, name, compression)| (*name, *compression));
+        let compression = compression.ok_or(BootError::Unpack { payload: name })?;
+        let unpacked_len = u64::from(u32::from_le_bytes(length));
+        // The guest unpacks in place, inside init_size.
+        if unpacked_len > u64::from(image.header.init_size) {
+            return Err(compression.corrupt("it would not fit init_size"));
+        }
+        Ok(Self { file, start: start + 4, end, compression, unpacked_len })
+    }
+
+    /// Unpacks the payload, an ELF image, and hands it to `take` piece by piece: the offset in the image and the bytes.
+    /// The pieces follow each other without a gap, add up to [`Payload::unpacked_len`], and are at most 8 MiB long; all
+    /// but the last are at least 1 MiB.
+    ///
+    /// # Errors
+    /// [`BootError::CorruptPayload`], [`BootError::ReadKernel`], and the first error of `take`.
+    pub fn unpack(&self, mut take: impl FnMut(u64, &[u8]) -> Result<(), BootError>) -> Result<(), BootError> {
+        let mut unpacked = 0;
+        match self.compression {
+            Compression::Lz4 => self.unpack_lz4(|piece| {
+                let at = unpacked;
+                unpacked += piece.len() as u64;
+                if unpacked > self.unpacked_len {
+                    return Err(self.compression.corrupt("it is longer than its trailing length says"));
+                }
+                take(at, piece)
+            }),
+        }?;
+        if unpacked < self.unpacked_len {
+            return Err(self.compression.corrupt("it is shorter than its trailing length says"));
+        }
+        Ok(())
+    }
+
+    fn unpack_lz4(&self, mut take: impl FnMut(&[u8]) -> Result<(), BootError>) -> Result<(), BootError> {
+        let corrupt = |what: &str| self.compression.corrupt(what);
+        let mut packed = vec![0; LZ4_PACKED_MAX];
+        let mut unpacked = vec![0; LZ4_BLOCK];
+        let mut at = self.start;
+        while at < self.end {
+            let size = self.read(&mut packed[..4], at).map(|header| u32_at(header, 0))?;
+            at += 4;
+            if size == LZ4_MAGIC {
+                continue;
+            }
+            let block = packed.get_mut(..size as usize).ok_or(corrupt("a block is too large"))?;
+            let block = self.read(block, at)?;
+            at += u64::from(size);
+            let len =
+                lz4_flex::block::decompress_into(block, &mut unpacked).map_err(|error| corrupt(&error.to_string()))?;
+            if len < LZ4_BLOCK && at < self.end {
+                return Err(corrupt("a block in the middle is short"));
+            }
+            take(&unpacked[..len])?;
+        }
+        Ok(())
+    }
+
+    /// Fills `buffer` from file offset `at`, which has to lie in the payload.
+    fn read<'b>(&self, buffer: &'b mut [u8], at: u64) -> Result<&'b [u8], BootError> {
+        if at + buffer.len() as u64 > self.end {
+            return Err(self.compression.corrupt("a block reaches past the end"));
+        }
+        self.file.read_exact_at(buffer, at).map_err(BootError::ReadKernel)?;
+        Ok(buffer)
+    }
+}
+
+impl Compression {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Lz4 => "LZ4",
+        }
+    }
+
+    pub(crate) fn corrupt(self, what: &str) -> BootError {
+        BootError::CorruptPayload { payload: self.name(), what: what.to_owned() }
+    }
+}
