@@ -1,5 +1,7 @@
 //! Virtio 1.2: the PCI transport and the devices behind it.
 
 pub mod device;
+#[cfg(any(test, feature = "test-utils"))]
+pub mod driver;
 pub mod pci;
 pub mod queue;
