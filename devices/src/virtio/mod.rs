@@ -2,5 +2,7 @@
 
 pub mod blk;
 pub mod device;
+#[cfg(any(test, feature = "test-utils"))]
+pub mod driver;
 pub mod pci;
 pub mod queue;
