@@ -1,3 +1,5 @@
 //! skiff: a small KVM virtual machine monitor.
 
 pub mod config;
+pub mod exit;
+pub mod kvm;

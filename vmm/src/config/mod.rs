@@ -1,13 +1,38 @@
 //! The machine a user asked for, validated: an impossible combination cannot be written down here. Everything below the
-//! command line works from a [`VmConfig`] and never looks at a flag again.
+//! command line works from a [`VmConfig`] and never looks at a flag again. Used on the main thread, before the machine
+//! exists.
+//!
+//! The way there: flags and the file of `--config` each become a [`Request`] (what was written, nothing filled in), the
+//! flags are laid over the file, and [`Request::resolve`] yields the machine. Nothing here touches a host resource other
+//! than the configuration file itself.
+
+mod file;
+mod list;
+mod options;
+mod place;
+mod request;
+mod value;
 
 use std::path::PathBuf;
 use std::time::Duration;
 
-use serde::Serialize;
+pub use file::{KEYS, to_toml};
+pub use options::{DISK_KEYS, MEMORY_KEYS, SERIAL_KEYS};
+pub use place::{ConfigError, Place};
+pub use request::{DiskRequest, Request};
+pub use value::format_size;
+
+/// The port of isa-debug-exit when none is named: QEMU's default.
+pub const DEBUG_EXIT_PORT: u16 = 0x501;
+
+/// The time between the power button and a stop by force, when none is named.
+pub const GRACE: Duration = Duration::from_secs(30);
+
+/// Guest memory when none is named: 512 MiB, in bytes.
+pub const MEMORY_SIZE: u64 = 512 << 20;
 
 /// One virtual machine.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct VmConfig {
     /// The kernel image: bzImage or ELF.
     pub kernel: PathBuf,
@@ -25,17 +50,16 @@ pub struct VmConfig {
     pub disks: Vec<DiskConfig>,
     /// What is connected to COM1.
     pub serial: SerialConfig,
-    /// The port of isa-debug-exit, if there is one.
+    /// The port of isa-debug-exit, two bytes wide, if there is one. It lies clear of every other device's ports.
     pub debug_exit: Option<u16>,
     /// What a reset by the guest does.
     pub on_reboot: OnReboot,
-    /// How long the guest has to power off after the power button was pressed.
+    /// How long the guest has to power off after the power button was pressed. Whole seconds.
     pub grace: Duration,
 }
 
 /// `--boot-protocol`.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "lowercase")]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
 pub enum BootProtocol {
     /// What the image offers: the Linux protocol for a bzImage; PVH for an ELF that has the note, else Linux.
     #[default]
@@ -47,9 +71,9 @@ pub enum BootProtocol {
 }
 
 /// `--memory`.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct MemoryConfig {
-    /// Bytes: a multiple of 4 KiB, at least 64 MiB.
+    /// Bytes: a multiple of 4 KiB, of 2 MiB with `hugepages`; at least 64 MiB.
     pub size: u64,
     /// Back with huge pages (MAP_HUGETLB) and fail if there are not enough.
     pub hugepages: bool,
@@ -59,14 +83,20 @@ pub struct MemoryConfig {
     pub shared: bool,
 }
 
+impl Default for MemoryConfig {
+    fn default() -> Self {
+        Self { size: MEMORY_SIZE, hugepages: false, prefault: false, shared: false }
+    }
+}
+
 /// `--disk`.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DiskConfig {
     /// The raw image or block device.
     pub path: PathBuf,
     /// Its name in logs and messages: given, or `disk0`, `disk1`, ...; unique.
     pub id: String,
-    /// What the guest reads as its serial number; at most 20 bytes of printable ASCII (virtio 1.2, 5.2.6).
+    /// What the guest reads as its serial number; 1 to 20 bytes of printable ASCII (virtio 1.2, 5.2.6).
     pub serial: Option<String>,
     /// The guest may not write.
     pub readonly: bool,
@@ -75,8 +105,7 @@ pub struct DiskConfig {
 }
 
 /// `--serial`.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "lowercase")]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub enum SerialConfig {
     /// Standard input and output; raw if it is a terminal.
     #[default]
@@ -92,8 +121,7 @@ pub enum SerialConfig {
 }
 
 /// `--no-reboot`.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "lowercase")]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum OnReboot {
     /// Start the machine again.
     #[default]

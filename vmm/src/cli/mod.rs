@@ -1,0 +1,161 @@
+//! The command line. Flags become a request here, errors become one line on stderr and an exit code. Runs on the main
+//! thread.
+
+mod completions;
+mod log;
+mod man;
+mod run;
+
+use std::ffi::OsString;
+use std::io::{self, Write};
+use std::process::ExitCode;
+
+use clap::error::ErrorKind;
+use clap::{Parser, Subcommand};
+use skiff::config::ConfigError;
+use skiff::exit;
+
+/// A small virtual machine monitor for Linux KVM
+#[derive(Debug, Parser)]
+#[command(name = "skiff", version, max_term_width = 100, arg_required_else_help = false, after_help = EXAMPLES)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+    #[command(flatten)]
+    log: log::LogArgs,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    Run(Box<run::RunArgs>),
+    Completions(completions::CompletionsArgs),
+    Man(man::ManArgs),
+}
+
+const EXAMPLES: &str = "\
+Examples:
+  Boot a Linux distribution from its own kernel:
+    skiff run --kernel vmlinuz --initrd initrd.img --disk path=root.img \\
+        --cmdline \"console=ttyS0 root=/dev/vda rw\" --cpus 2 --memory 1G
+  The same machine from a file, with more memory:
+    skiff run --config vm.toml --memory 4G
+  Check whether this host can run virtual machines:
+    skiff doctor";
+
+/// Why a command did not do its work: one line, without the name of the program.
+#[derive(Debug, PartialEq, Eq)]
+enum Failure {
+    /// The flags or the configuration file are wrong.
+    Usage(String),
+    /// They are right, but it could not be done.
+    Failed(String),
+}
+
+impl From<ConfigError> for Failure {
+    fn from(error: ConfigError) -> Self {
+        Self::Usage(error.to_string())
+    }
+}
+
+impl From<anyhow::Error> for Failure {
+    fn from(error: anyhow::Error) -> Self {
+        Self::Failed(format!("{error:#}"))
+    }
+}
+
+/// Runs the command in `args`, the name of the program first, and returns the exit code of the process.
+pub(crate) fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
+    let done = match Cli::try_parse_from(args) {
+        Ok(cli) => command(cli),
+        Err(error) => no_command(&error),
+    };
+    let (line, code) = match done {
+        Ok(code) => return code.into(),
+        Err(Failure::Usage(line)) => (line, exit::USAGE),
+        Err(Failure::Failed(line)) => (line, exit::FAILED_START),
+    };
+    log::last_line(&line);
+    code.into()
+}
+
+fn command(cli: Cli) -> Result<u8, Failure> {
+    cli.log.start()?;
+    match cli.command {
+        Command::Run(args) => args.run(),
+        Command::Completions(args) => args.run(),
+        Command::Man(args) => args.run(),
+    }
+}
+
+/// Answers a command line that names no work: help and version on stdout, anything else is a usage error.
+fn no_command(error: &clap::Error) -> Result<u8, Failure> {
+    match error.kind() {
+        ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => {
+            print(&error.render().to_string())?;
+            Ok(0)
+        }
+        _ => Err(Failure::Usage(one_line(&error.render().to_string()))),
+    }
+}
+
+/// The paragraphs of a message of clap in one line, without its usage text.
+fn one_line(message: &str) -> String {
+    let end = ["\nUsage:", "\nFor more information"].iter().filter_map(|mark| message.find(mark)).min();
+    let message = &message[..end.unwrap_or(message.len())];
+    let message = message.strip_prefix("error: ").unwrap_or(message);
+    let mut parts: Vec<&str> = message.lines().map(str::trim).filter(|part| !part.is_empty()).collect();
+    parts.push("see --help");
+    parts.join("; ").replace("; tip: ", "; ").replace(":; ", ": ")
+}
+
+/// Writes `text` to stdout. A reader that has seen enough is no failure.
+fn print(text: &str) -> Result<(), Failure> {
+    match io::stdout().lock().write_all(text.as_bytes()) {
+        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => Err(Failure::Failed(format!("stdout: {error}"))),
+        _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    fn usage(args: &str) -> String {
+        let args = std::iter::once("skiff").chain(args.split_ascii_whitespace());
+        match no_command(&Cli::try_parse_from(args).unwrap_err()) {
+            Err(Failure::Usage(line)) => line,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn the_definition_is_sound() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn clap_complains_in_one_line() {
+        for (args, line) in [
+            ("run --kernl x", "unexpected argument '--kernl' found; a similar argument exists: '--kernel'; see --help"),
+            ("run --cpus", "a value is required for '--cpus <N>' but none was supplied; see --help"),
+            ("run vmlinuz", "unexpected argument 'vmlinuz' found; see --help"),
+            ("run --cpus 1 --cpus 2", "the argument '--cpus <N>' cannot be used multiple times; see --help"),
+            ("runn", "unrecognized subcommand 'runn'; a similar subcommand exists: 'run'; see --help"),
+            (
+                "",
+                "'skiff' requires a subcommand but one was not provided; [subcommands: run, completions, man, help]; \
+                 see --help",
+            ),
+            ("completions", "the following required arguments were not provided: <SHELL>; see --help"),
+        ] {
+            assert_eq!(usage(args), line, "{args}");
+        }
+    }
+
+    #[test]
+    fn every_error_of_the_start_is_a_failure_with_its_causes() {
+        let error = anyhow::Error::msg("No such file").context("--disk path=x.img");
+        assert_eq!(Failure::from(error), Failure::Failed("--disk path=x.img: No such file".to_owned()));
+    }
+}

@@ -1,0 +1,408 @@
+//! The machine as TOML: read from the file of `--config`, written by `--dry-run`. The keys are the flags without their
+//! dashes, the values the same text; switches may be `true` and `false`, numbers numbers. Used on the main thread.
+//!
+//! ```toml
+//! kernel = "vmlinuz"
+//! memory = { size = "1G", hugepages = true }    # or "1G,hugepages=on"
+//! [[disk]]
+//! path = "root.img"
+//! ```
+
+use std::fmt::{Display, Write as _};
+use std::path::Path;
+
+use toml::de::{DeTable, DeValue};
+
+use super::list::{self, Setting, Settings};
+use super::place::{ConfigError, Place};
+use super::value::format_size;
+use super::{BootProtocol, DISK_KEYS, MEMORY_KEYS, OnReboot, Request, SerialConfig, VmConfig};
+
+/// The settings of a machine: the keys of a configuration file, and the flags of `skiff run`.
+pub const KEYS: [&str; 11] = [
+    "kernel",
+    "initrd",
+    "cmdline",
+    "boot-protocol",
+    "cpus",
+    "memory",
+    "disk",
+    "serial",
+    "debug-exit",
+    "no-reboot",
+    "grace",
+];
+
+impl Request {
+    /// Reads the file `path`. Relative paths in it start at its folder.
+    pub fn from_file(path: &Path) -> Result<Self, ConfigError> {
+        let place = Place::flag("--config", &path.display().to_string());
+        let bytes = std::fs::read(path)
+            .map_err(|error| place.error(format_args!("{error}; name a TOML file that can be read")))?;
+        let text = String::from_utf8(bytes).map_err(|_| place.error("not text; name a TOML file"))?;
+        Self::from_toml(path, &text)
+    }
+
+    /// Understands `text`, the content of `path`.
+    pub fn from_toml(path: &Path, text: &str) -> Result<Self, ConfigError> {
+        let source = Source { path, text };
+        let document = DeTable::parse(text).map_err(|error| {
+            let line = source.line(error.span().map_or(0, |span| span.start));
+            ConfigError::new(format!("{}:{line}: {}", path.display(), error.message().replace('\n', "; ")))
+        })?;
+        let mut request = Self::default();
+        for entry in source.entries(document.get_ref()) {
+            request.set_entry(&source, &entry)?;
+        }
+        Ok(request)
+    }
+
+    fn set_entry(&mut self, source: &Source<'_>, entry: &Entry<'_>) -> Result<(), ConfigError> {
+        let place = source.place(entry.line, entry.key);
+        match (entry.key, entry.value) {
+            ("memory", DeValue::Table(table)) => {
+                self.memory(&source.settings("memory", entry.line, table, &MEMORY_KEYS)?)
+            }
+            ("disk", DeValue::Array(disks)) => {
+                for disk in disks {
+                    let line = source.line(disk.span().start);
+                    let DeValue::Table(table) = disk.get_ref() else { return Err(place.error(NOT_A_DISK)) };
+                    self.disk(&source.settings("disk", line, table, &DISK_KEYS)?)?;
+                }
+                Ok(())
+            }
+            ("disk", _) => Err(place.error(NOT_A_DISK)),
+            ("debug-exit", DeValue::Boolean(true)) => {
+                self.debug_exit = Some(Some(super::DEBUG_EXIT_PORT));
+                Ok(())
+            }
+            (key, value) if KEYS.contains(&key) => {
+                let text = scalar(value).ok_or_else(|| place.error(NOT_A_VALUE))?;
+                self.set(&place.quoting(&text), key, &text)
+            }
+            (key, _) => Err(list::unknown_key(&source.place(entry.line, ""), key, &KEYS)),
+        }
+    }
+}
+
+const NOT_A_DISK: &str = "a disk is a table; write [[disk]], and path = \"IMAGE\" below it";
+const NOT_A_VALUE: &str = "neither a text, a number nor true or false; write one of those";
+
+/// The file, for finding lines in it.
+struct Source<'a> {
+    path: &'a Path,
+    text: &'a str,
+}
+
+/// One `key = value` and its line.
+struct Entry<'a> {
+    key: &'a str,
+    line: usize,
+    value: &'a DeValue<'a>,
+}
+
+impl Source<'_> {
+    /// The line, from 1, of the byte at `offset`.
+    fn line(&self, offset: usize) -> usize {
+        self.text.bytes().take(offset).filter(|&byte| byte == b'\n').count() + 1
+    }
+
+    fn place(&self, line: usize, key: &str) -> Place {
+        Place::line(self.path, line, key)
+    }
+
+    /// The entries of `table` in the order they were written, so that the first mistake is the one complained about.
+    fn entries<'t>(&self, table: &'t DeTable<'_>) -> Vec<Entry<'t>> {
+        let mut entries: Vec<(usize, Entry<'t>)> = Vec::new();
+        for (key, value) in table {
+            let at = key.span().start;
+            entries.push((at, Entry { key: key.get_ref(), line: self.line(at), value: value.get_ref() }));
+        }
+        entries.sort_by_key(|entry| entry.0);
+        entries.into_iter().map(|entry| entry.1).collect()
+    }
+
+    /// The table of the option `name` at `line`, as the settings its flag would have.
+    fn settings(&self, name: &str, line: usize, table: &DeTable<'_>, keys: &[&str]) -> Result<Settings, ConfigError> {
+        let mut settings = Vec::new();
+        for entry in self.entries(table) {
+            let place = self.place(entry.line, name);
+            let key = entry.key.to_owned();
+            let value = scalar(entry.value).ok_or_else(|| place.error(format_args!("{key}: {NOT_A_VALUE}")))?;
+            settings.push(Setting { key, value, place });
+        }
+        Settings::new(self.place(line, name), settings, keys)
+    }
+}
+
+/// A single value as a flag has it.
+fn scalar(value: &DeValue<'_>) -> Option<String> {
+    match value {
+        DeValue::String(text) => Some(text.to_string()),
+        DeValue::Integer(number) => Some(number.to_string()),
+        DeValue::Float(number) => Some(number.to_string()),
+        DeValue::Boolean(on) => Some(if *on { "on" } else { "off" }.to_owned()),
+        _ => None,
+    }
+}
+
+/// The machine as a file that `--config` reads back as the same machine.
+///
+/// # Errors
+/// When a path is not UTF-8, which TOML cannot say.
+pub fn to_toml(vm: &VmConfig) -> Result<String, ConfigError> {
+    let mut out = String::new();
+    line(&mut out, "kernel", text(path(&vm.kernel)?));
+    if let Some(initrd) = &vm.initrd {
+        line(&mut out, "initrd", text(path(initrd)?));
+    }
+    line(&mut out, "cmdline", text(&vm.cmdline));
+    let protocol = match vm.boot_protocol {
+        BootProtocol::Auto => "auto",
+        BootProtocol::Linux => "linux",
+        BootProtocol::Pvh => "pvh",
+    };
+    line(&mut out, "boot-protocol", text(protocol));
+    line(&mut out, "cpus", vm.cpus);
+    // A comma inside a path is written twice in the text of this option.
+    let doubled = |file: &Path| Ok::<_, ConfigError>(path(file)?.replace(',', ",,"));
+    let serial = match &vm.serial {
+        SerialConfig::Stdio => "stdio".to_owned(),
+        SerialConfig::File(file) => format!("file={}", doubled(file)?),
+        SerialConfig::Pty => "pty".to_owned(),
+        SerialConfig::Socket(file) => format!("socket={}", doubled(file)?),
+        SerialConfig::None => "none".to_owned(),
+    };
+    line(&mut out, "serial", text(&serial));
+    match vm.debug_exit {
+        Some(port) => line(&mut out, "debug-exit", format_args!("{port:#x}")),
+        None => line(&mut out, "debug-exit", false),
+    }
+    line(&mut out, "no-reboot", vm.on_reboot == OnReboot::Exit);
+    line(&mut out, "grace", vm.grace.as_secs());
+    out += "\n[memory]\n";
+    line(&mut out, "size", text(&format_size(vm.memory.size)));
+    line(&mut out, "hugepages", vm.memory.hugepages);
+    line(&mut out, "prefault", vm.memory.prefault);
+    line(&mut out, "shared", vm.memory.shared);
+    for disk in &vm.disks {
+        out += "\n[[disk]]\n";
+        line(&mut out, "path", text(path(&disk.path)?));
+        line(&mut out, "id", text(&disk.id));
+        if let Some(serial) = &disk.serial {
+            line(&mut out, "serial", text(serial));
+        }
+        line(&mut out, "readonly", disk.readonly);
+        line(&mut out, "ioeventfd", disk.ioeventfd);
+        // The only ones there are, written out so that nobody has to guess.
+        line(&mut out, "format", text("raw"));
+        line(&mut out, "aio", text("threads"));
+        line(&mut out, "cache", text("writeback"));
+    }
+    Ok(out)
+}
+
+fn line(out: &mut String, key: &str, value: impl Display) {
+    // Writing to a String cannot fail.
+    let _ = writeln!(out, "{key} = {value}");
+}
+
+/// `text` with TOML's quotes and escapes.
+fn text(text: &str) -> toml::Value {
+    text.into()
+}
+
+fn path(path: &Path) -> Result<&str, ConfigError> {
+    path.to_str().ok_or_else(|| {
+        ConfigError::new(format!("{}: a path that is not UTF-8 cannot be written as TOML; rename it", path.display()))
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::{DiskConfig, MemoryConfig};
+    use proptest::prelude::*;
+    use std::path::PathBuf;
+    use std::time::Duration;
+
+    fn read(text: &str) -> Result<VmConfig, String> {
+        let request = Request::from_toml(Path::new("/vms/vm.toml"), text).map_err(|error| error.to_string())?;
+        request.resolve().map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn a_whole_machine() {
+        let text = r#"
+            kernel = "vmlinuz"
+            initrd = "../initrd.img"
+            cmdline = "console=ttyS0"
+            boot-protocol = "linux"
+            cpus = 2
+            memory = { size = "1.5G", prefault = true, shared = "on" }
+            serial = "socket=console.sock"
+            debug-exit = 0xf4
+            no-reboot = true
+            grace = 5
+            [[disk]]
+            path = "root.img"
+            [[disk]]
+            path = "/dev/vg/data"
+            readonly = true
+            id = "data"
+            serial = "1"
+        "#;
+        let disk = |path: &str, id: &str, serial: Option<&str>, readonly| DiskConfig {
+            path: path.into(),
+            id: id.into(),
+            serial: serial.map(str::to_owned),
+            readonly,
+            ioeventfd: true,
+        };
+        let expected = VmConfig {
+            kernel: "/vms/vmlinuz".into(),
+            initrd: Some("/vms/../initrd.img".into()),
+            cmdline: "console=ttyS0".into(),
+            boot_protocol: BootProtocol::Linux,
+            cpus: 2,
+            memory: MemoryConfig { size: 3 << 29, hugepages: false, prefault: true, shared: true },
+            disks: vec![disk("/vms/root.img", "disk0", None, false), disk("/dev/vg/data", "data", Some("1"), true)],
+            serial: SerialConfig::Socket("/vms/console.sock".into()),
+            debug_exit: Some(0xf4),
+            on_reboot: OnReboot::Exit,
+            grace: Duration::from_secs(5),
+        };
+        assert_eq!(read(text), Ok(expected));
+    }
+
+    #[test]
+    fn short_forms() {
+        let vm = read("kernel = \"k\"\nmemory = \"1G,hugepages=on\"\ndebug-exit = true\n").unwrap();
+        assert_eq!((vm.memory.size, vm.memory.hugepages, vm.debug_exit), (1 << 30, true, Some(0x501)));
+        assert_eq!(read("kernel = \"k\"\ndebug-exit = false\n").unwrap().debug_exit, None);
+    }
+
+    #[test]
+    fn complaints_name_file_and_line() {
+        for (text, complaint) in [
+            (
+                "kernel = \"k\"\nkernl = \"k\"\n",
+                "/vms/vm.toml:2: unknown key \"kernl\"; did you mean \"kernel\"? (keys: kernel, initrd, cmdline, \
+                 boot-protocol, cpus, memory, disk, serial, debug-exit, no-reboot, grace)",
+            ),
+            ("\n\ncpus = 0\n", "/vms/vm.toml:3: cpus = 0: a machine has at least 1 CPU"),
+            ("cpus = \"two\"\n", "/vms/vm.toml:1: cpus = two: not a number of CPUs; write it like 2"),
+            (
+                "memory = 1024\n",
+                "/vms/vm.toml:1: memory = 1024: size=1024: a size needs a unit; write 1024M for MiB (units: K, M, G, T)",
+            ),
+            ("[memory]\nsize = \"1M\"\n", "/vms/vm.toml:1: memory: a machine has at least 64M"),
+            ("[[disk]]\npath = \"a\"\nreadonly = \"yes\"\n", "/vms/vm.toml:3: disk: readonly=yes: say on or off"),
+            (
+                "[[disk]]\npath = \"a\"\n\n[[disk]]\nid = \"b\"\n",
+                "/vms/vm.toml:4: disk: a disk needs an image; write path=IMAGE",
+            ),
+            (
+                "[[disk]]\npath = \"a\"\nfile = \"b\"\n",
+                "/vms/vm.toml:3: disk: unknown key \"file\" \
+                 (keys: path, readonly, serial, id, format, aio, cache, ioeventfd)",
+            ),
+            (
+                "disk = \"root.img\"\n",
+                "/vms/vm.toml:1: disk: a disk is a table; write [[disk]], and path = \"IMAGE\" below it",
+            ),
+            (
+                "kernel = [\"k\"]\n",
+                "/vms/vm.toml:1: kernel: neither a text, a number nor true or false; write one of those",
+            ),
+            (
+                "cmdline = \"a\\u0000b\"\n",
+                "/vms/vm.toml:1: cmdline = a\0b: a NUL character ends the command line for the kernel; remove it",
+            ),
+            ("cpus = 1\ncpus = 2\n", "/vms/vm.toml:2: duplicate key"),
+        ] {
+            assert_eq!(read(text), Err(complaint.to_owned()), "{text}");
+        }
+    }
+
+    #[test]
+    fn a_syntax_error_is_one_line_with_its_place() {
+        for text in ["kernel = \"k\"\ncpus = = 2\n", "kernel = \"k\"\n[disk\n", "kernel = \"k\"\nserial = pty\n"] {
+            let complaint = read(text).unwrap_err();
+            assert!(complaint.starts_with("/vms/vm.toml:2: "), "{complaint}");
+            assert!(!complaint.contains('\n'), "{complaint}");
+        }
+    }
+
+    #[test]
+    fn a_file_that_cannot_be_read() {
+        let folder = tempfile::tempdir().unwrap();
+        let missing = folder.path().join("vm.toml");
+        let shown = missing.display();
+        assert_eq!(
+            Request::from_file(&missing).unwrap_err().to_string(),
+            format!("--config {shown}: No such file or directory (os error 2); name a TOML file that can be read")
+        );
+        std::fs::write(&missing, b"kernel = \"\xff\"").unwrap();
+        let complaint = Request::from_file(&missing).unwrap_err().to_string();
+        assert_eq!(complaint, format!("--config {shown}: not text; name a TOML file"));
+        std::fs::write(&missing, "kernel = \"k\"").unwrap();
+        assert_eq!(Request::from_file(&missing).unwrap().kernel, Some(folder.path().join("k")));
+    }
+
+    prop_compose! {
+        fn any_path()(name in "/[^\0]{1,20}") -> PathBuf { name.into() }
+    }
+
+    prop_compose! {
+        fn any_disk()(
+            path in any_path(), id in "d[a-z0-9._-]{0,8}", serial in proptest::option::of("[ -~]{1,20}"),
+            readonly: bool, ioeventfd: bool,
+        ) -> DiskConfig { DiskConfig { path, id, serial, readonly, ioeventfd } }
+    }
+
+    fn any_serial() -> impl Strategy<Value = SerialConfig> {
+        prop_oneof![
+            Just(SerialConfig::Stdio),
+            Just(SerialConfig::Pty),
+            Just(SerialConfig::None),
+            any_path().prop_map(SerialConfig::File),
+            any_path().prop_map(SerialConfig::Socket),
+        ]
+    }
+
+    prop_compose! {
+        fn any_machine()(
+            kernel in any_path(), initrd in proptest::option::of(any_path()), cmdline in "[^\0]{0,40}",
+            boot_protocol in prop_oneof![Just(BootProtocol::Auto), Just(BootProtocol::Linux), Just(BootProtocol::Pvh)],
+            cpus in 1..u32::MAX, huge_pages in 32..1_u64 << 30, switches: [bool; 4],
+            disks in proptest::collection::vec(any_disk(), 0..3), serial in any_serial(),
+            debug_exit in proptest::option::of(0x100..0x200_u16), grace: u32,
+        ) -> VmConfig {
+            let mut disks = disks;
+            for (at, disk) in disks.iter_mut().enumerate() {
+                disk.id = format!("{}-{at}", disk.id);
+            }
+            let [hugepages, prefault, shared, exit] = switches;
+            VmConfig {
+                kernel, initrd, cmdline, boot_protocol, cpus,
+                memory: MemoryConfig { size: huge_pages << 21, hugepages, prefault, shared },
+                disks, serial, debug_exit,
+                on_reboot: if exit { OnReboot::Exit } else { OnReboot::Restart },
+                grace: Duration::from_secs(grace.into()),
+            }
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn what_is_written_reads_back_the_same(vm in any_machine()) {
+            prop_assert_eq!(read(&to_toml(&vm).unwrap()), Ok(vm));
+        }
+
+        #[test]
+        fn no_text_panics(text in any::<String>(), near in "((kernel|memory|disk|\\[\\[disk\\]\\]|cpus) ?=? ?[a-z0-9{}\"=,]*\n){0,4}") {
+            let _ = (read(&text), read(&near));
+        }
+    }
+}

@@ -1,0 +1,101 @@
+//! The options that are lists of settings: `--memory`, `--disk`, `--serial`. Used on the main thread.
+
+use super::list::Settings;
+use super::place::{ConfigError, Place};
+use super::request::DiskRequest;
+use super::value::{self, format_size};
+use super::{MemoryConfig, SerialConfig};
+
+/// The keys of `--memory`; the first may be left out.
+pub const MEMORY_KEYS: [&str; 4] = ["size", "hugepages", "prefault", "shared"];
+
+/// The keys of `--disk`; the first may be left out.
+pub const DISK_KEYS: [&str; 8] = ["path", "readonly", "serial", "id", "format", "aio", "cache", "ioeventfd"];
+
+/// What `--serial` can be connected to; the first two take a path.
+pub const SERIAL_KEYS: [&str; 5] = ["file", "socket", "stdio", "pty", "none"];
+
+/// The smallest machine: 64 MiB.
+const SMALLEST: u64 = 64 << 20;
+const PAGE: u64 = 4 << 10;
+const HUGE_PAGE: u64 = 2 << 20;
+
+pub(super) fn memory(settings: &Settings) -> Result<MemoryConfig, ConfigError> {
+    let memory = MemoryConfig {
+        size: settings.value("size", value::size)?.unwrap_or(super::MEMORY_SIZE),
+        hugepages: settings.switch("hugepages", false)?,
+        prefault: settings.switch("prefault", false)?,
+        shared: settings.switch("shared", false)?,
+    };
+    let page = if memory.hugepages { HUGE_PAGE } else { PAGE };
+    if memory.size < SMALLEST {
+        return Err(settings.place().error(format_args!("a machine has at least {}", format_size(SMALLEST))));
+    }
+    if !memory.size.is_multiple_of(page) {
+        let nearest = (memory.size / page).max(1) * page;
+        return Err(settings.place().error(format_args!(
+            "the size is not a multiple of the {} page; {} is",
+            format_size(page),
+            format_size(nearest)
+        )));
+    }
+    Ok(memory)
+}
+
+pub(super) fn disk(settings: &Settings) -> Result<DiskRequest, ConfigError> {
+    offered(settings, "format", &["raw"], &["qcow", "qcow2", "qed", "vdi", "vhdx", "vmdk", "vpc"])?;
+    offered(settings, "aio", &["threads"], &["native", "io_uring"])?;
+    offered(settings, "cache", &["writeback"], &["none", "writethrough", "directsync", "unsafe"])?;
+    let path = settings.path("path")?;
+    Ok(DiskRequest {
+        path: path.ok_or_else(|| settings.place().error("a disk needs an image; write path=IMAGE"))?,
+        id: settings.value("id", value::id)?,
+        serial: settings.value("serial", value::disk_serial)?,
+        readonly: settings.switch("readonly", false)?,
+        ioeventfd: settings.switch("ioeventfd", true)?,
+        place: settings.place().clone(),
+    })
+}
+
+/// Checks a choice between names. `known` are QEMU's words for what this build does not do: those are no typing slip, and
+/// no other choice stands in for them silently.
+fn offered(settings: &Settings, key: &str, offered: &[&str], known: &[&str]) -> Result<(), ConfigError> {
+    let Some(setting) = settings.get(key) else { return Ok(()) };
+    if offered.contains(&setting.value.as_str()) {
+        return Ok(());
+    }
+    let here = offered.iter().map(|value| format!("{key}={value}")).collect::<Vec<_>>().join(", ");
+    Err(match (known.contains(&setting.value.as_str()), key) {
+        (true, "format") => setting.error(format_args!(
+            "this build offers {here}; make a raw copy with \"qemu-img convert -O raw IMAGE COPY\""
+        )),
+        (true, _) => setting.error(format_args!("this build offers {here}")),
+        (false, _) => setting.error(format_args!("no such {key}; this build offers {here}")),
+    })
+}
+
+/// `stdio`, `pty`, `none`, `file=PATH` or `socket=PATH`.
+pub(super) fn serial(place: &Place, text: &str) -> Result<SerialConfig, ConfigError> {
+    match text {
+        "stdio" => return Ok(SerialConfig::Stdio),
+        "pty" => return Ok(SerialConfig::Pty),
+        "none" => return Ok(SerialConfig::None),
+        "file" | "socket" => return Err(place.error(format_args!("where? write {text}=PATH"))),
+        _ if !text.contains('=') => return Err(unknown_serial(place, text)),
+        _ => (),
+    }
+    let settings = Settings::parse(place, text, "stdio", &SERIAL_KEYS)?;
+    match (settings.path("file")?, settings.path("socket")?) {
+        (Some(path), None) if settings.len() == 1 => Ok(SerialConfig::File(path)),
+        (None, Some(path)) if settings.len() == 1 => Ok(SerialConfig::Socket(path)),
+        _ => Err(place.error("COM1 has one other end: stdio, file=PATH, pty, socket=PATH or none")),
+    }
+}
+
+fn unknown_serial(place: &Place, text: &str) -> ConfigError {
+    let guess = value::nearest(text, &SERIAL_KEYS).map(|near| format!("; did you mean \"{near}\"?"));
+    place.error(format_args!(
+        "no such connection{} (stdio, file=PATH, pty, socket=PATH, none)",
+        guess.unwrap_or_default()
+    ))
+}

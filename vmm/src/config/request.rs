@@ -1,0 +1,349 @@
+//! What was asked for, by flags or in a file, before anything is filled in. Used on the main thread.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use super::list::Settings;
+use super::place::{ConfigError, Place};
+use super::{BootProtocol, DiskConfig, MemoryConfig, OnReboot, SerialConfig, VmConfig, options, value};
+
+/// The settings that were written, each parsed; `None` where nothing was said. The meaning of each is at [`VmConfig`].
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Request {
+    /// `kernel`.
+    pub kernel: Option<PathBuf>,
+    /// `initrd`.
+    pub initrd: Option<PathBuf>,
+    /// `cmdline`.
+    pub cmdline: Option<String>,
+    /// `boot-protocol`.
+    pub boot_protocol: Option<BootProtocol>,
+    /// `cpus`.
+    pub cpus: Option<u32>,
+    /// `memory`.
+    pub memory: Option<MemoryConfig>,
+    /// `disk`, all of them.
+    pub disks: Option<Vec<DiskRequest>>,
+    /// `serial`.
+    pub serial: Option<SerialConfig>,
+    /// `debug-exit`; the inner `None` is an explicit `off`.
+    pub debug_exit: Option<Option<u16>>,
+    /// `no-reboot`.
+    pub no_reboot: Option<bool>,
+    /// `grace`.
+    pub grace: Option<Duration>,
+}
+
+/// One disk as it was written: it may still lack an id.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DiskRequest {
+    /// See [`DiskConfig::path`].
+    pub path: PathBuf,
+    /// See [`DiskConfig::id`]; `None` for the default.
+    pub id: Option<String>,
+    /// See [`DiskConfig::serial`].
+    pub serial: Option<String>,
+    /// See [`DiskConfig::readonly`].
+    pub readonly: bool,
+    /// See [`DiskConfig::ioeventfd`].
+    pub ioeventfd: bool,
+    /// Where it was written, for complaints.
+    pub place: Place,
+}
+
+impl Request {
+    /// Takes the text of the setting `key` as a flag or a line of a file gives it. `key` is the name of the flag without
+    /// its dashes, as in [`super::file::KEYS`]; a further `disk` is a further disk.
+    pub fn set(&mut self, place: &Place, key: &str, text: &str) -> Result<(), ConfigError> {
+        let wrong = |what: String| place.error(what);
+        match key {
+            "kernel" => self.kernel = Some(place.path(text)?),
+            "initrd" => self.initrd = Some(place.path(text)?),
+            "cmdline" if text.contains('\0') => {
+                return Err(place.error("a NUL character ends the command line for the kernel; remove it"));
+            }
+            "cmdline" => self.cmdline = Some(text.to_owned()),
+            "boot-protocol" => self.boot_protocol = Some(boot_protocol(text).map_err(wrong)?),
+            "cpus" => self.cpus = Some(value::cpus(text).map_err(wrong)?),
+            "memory" => self.memory(&Settings::parse(place, text, "size", &options::MEMORY_KEYS)?)?,
+            "disk" => self.disk(&Settings::parse(place, text, "path", &options::DISK_KEYS)?)?,
+            "serial" => self.serial = Some(options::serial(place, text)?),
+            "debug-exit" => self.debug_exit = Some(value::debug_exit(text).map_err(wrong)?),
+            "no-reboot" => self.no_reboot = Some(value::switch(text).map_err(wrong)?),
+            "grace" => self.grace = Some(value::seconds(text).map_err(wrong)?),
+            _ => return Err(super::list::unknown_key(place, key, &super::file::KEYS)),
+        }
+        Ok(())
+    }
+
+    pub(super) fn memory(&mut self, settings: &Settings) -> Result<(), ConfigError> {
+        self.memory = Some(options::memory(settings)?);
+        Ok(())
+    }
+
+    pub(super) fn disk(&mut self, settings: &Settings) -> Result<(), ConfigError> {
+        self.disks.get_or_insert_default().push(options::disk(settings)?);
+        Ok(())
+    }
+
+    /// Lays these settings over those of `file`: each that is set here replaces the whole setting of the file. So one
+    /// `--disk` replaces all disks of the file, and `--memory 2G` its hugepages too.
+    #[must_use]
+    pub fn over(self, file: Self) -> Self {
+        Self {
+            kernel: self.kernel.or(file.kernel),
+            initrd: self.initrd.or(file.initrd),
+            cmdline: self.cmdline.or(file.cmdline),
+            boot_protocol: self.boot_protocol.or(file.boot_protocol),
+            cpus: self.cpus.or(file.cpus),
+            memory: self.memory.or(file.memory),
+            disks: self.disks.or(file.disks),
+            serial: self.serial.or(file.serial),
+            debug_exit: self.debug_exit.or(file.debug_exit),
+            no_reboot: self.no_reboot.or(file.no_reboot),
+            grace: self.grace.or(file.grace),
+        }
+    }
+
+    /// The machine, with the defaults filled in.
+    pub fn resolve(self) -> Result<VmConfig, ConfigError> {
+        let kernel = self.kernel.ok_or_else(|| {
+            ConfigError::new("--kernel is missing: name a kernel, or a file that has one with --config vm.toml")
+        })?;
+        Ok(VmConfig {
+            kernel,
+            initrd: self.initrd,
+            cmdline: self.cmdline.unwrap_or_default(),
+            boot_protocol: self.boot_protocol.unwrap_or_default(),
+            cpus: self.cpus.unwrap_or(1),
+            memory: self.memory.unwrap_or_default(),
+            disks: disks(self.disks.unwrap_or_default())?,
+            serial: self.serial.unwrap_or_default(),
+            debug_exit: self.debug_exit.unwrap_or_default(),
+            on_reboot: if self.no_reboot == Some(true) { OnReboot::Exit } else { OnReboot::Restart },
+            grace: self.grace.unwrap_or(super::GRACE),
+        })
+    }
+}
+
+fn boot_protocol(text: &str) -> Result<BootProtocol, String> {
+    clap::ValueEnum::from_str(text, false).map_err(|_| "no such protocol; say auto, linux or pvh".to_owned())
+}
+
+/// Names the disks that have no id by their position, and checks that the names differ.
+fn disks(requests: Vec<DiskRequest>) -> Result<Vec<DiskConfig>, ConfigError> {
+    let mut disks: Vec<DiskConfig> = Vec::with_capacity(requests.len());
+    for (at, request) in requests.into_iter().enumerate() {
+        let id = request.id.unwrap_or_else(|| format!("disk{at}"));
+        if let Some(other) = disks.iter().find(|other| other.id == id) {
+            let path = other.path.display();
+            return Err(request
+                .place
+                .error(format_args!("the id \"{id}\" belongs to {path}; choose another with id=")));
+        }
+        let DiskRequest { path, serial, readonly, ioeventfd, .. } = request;
+        disks.push(DiskConfig { path, id, serial, readonly, ioeventfd });
+    }
+    Ok(disks)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn request(settings: &[(&str, &str)]) -> Result<Request, String> {
+        let mut request = Request::default();
+        for (key, text) in settings {
+            let place = Place::flag(&format!("--{key}"), text);
+            request.set(&place, key, text).map_err(|error| error.to_string())?;
+        }
+        Ok(request)
+    }
+
+    fn machine(settings: &[(&str, &str)]) -> Result<VmConfig, String> {
+        request(settings)?.resolve().map_err(|error| error.to_string())
+    }
+
+    fn disk(path: &str, id: &str) -> DiskConfig {
+        DiskConfig { path: path.into(), id: id.into(), serial: None, readonly: false, ioeventfd: true }
+    }
+
+    #[test]
+    fn the_smallest_request_has_every_default() {
+        let expected = VmConfig {
+            kernel: "vmlinuz".into(),
+            initrd: None,
+            cmdline: String::new(),
+            boot_protocol: BootProtocol::Auto,
+            cpus: 1,
+            memory: MemoryConfig { size: 512 << 20, hugepages: false, prefault: false, shared: false },
+            disks: Vec::new(),
+            serial: SerialConfig::Stdio,
+            debug_exit: None,
+            on_reboot: OnReboot::Restart,
+            grace: Duration::from_secs(30),
+        };
+        assert_eq!(machine(&[("kernel", "vmlinuz")]), Ok(expected));
+    }
+
+    #[test]
+    fn every_setting_arrives() {
+        let expected = VmConfig {
+            kernel: "bzImage".into(),
+            initrd: Some("initrd.img".into()),
+            cmdline: "console=ttyS0 root=/dev/vda rw".into(),
+            boot_protocol: BootProtocol::Pvh,
+            cpus: 4,
+            memory: MemoryConfig { size: 2 << 30, hugepages: true, prefault: true, shared: true },
+            disks: vec![
+                disk("root.img", "disk0"),
+                DiskConfig {
+                    path: "a,b.img".into(),
+                    id: "data".into(),
+                    serial: Some("S 1".into()),
+                    readonly: true,
+                    ioeventfd: false,
+                },
+            ],
+            serial: SerialConfig::File("console.log".into()),
+            debug_exit: Some(0xf4),
+            on_reboot: OnReboot::Exit,
+            grace: Duration::from_secs(5),
+        };
+        let settings = [
+            ("kernel", "bzImage"),
+            ("initrd", "initrd.img"),
+            ("cmdline", "console=ttyS0 root=/dev/vda rw"),
+            ("boot-protocol", "pvh"),
+            ("cpus", "4"),
+            ("memory", "2G,hugepages=on,prefault=on,shared=on"),
+            ("disk", "root.img"),
+            (
+                "disk",
+                "path=a,,b.img,id=data,serial=S 1,readonly=on,ioeventfd=off,format=raw,aio=threads,cache=writeback",
+            ),
+            ("serial", "file=console.log"),
+            ("debug-exit", "0xf4"),
+            ("no-reboot", "on"),
+            ("grace", "5"),
+        ];
+        assert_eq!(machine(&settings), Ok(expected));
+    }
+
+    #[test]
+    fn complaints_name_the_flag_and_the_remedy() {
+        for (key, text, line) in [
+            ("kernel", "", "--kernel: an empty path; name a file"),
+            ("boot-protocol", "uefi", "--boot-protocol uefi: no such protocol; say auto, linux or pvh"),
+            ("cpus", "0", "--cpus 0: a machine has at least 1 CPU"),
+            (
+                "memory",
+                "1024",
+                "--memory 1024: size=1024: a size needs a unit; write 1024M for MiB (units: K, M, G, T)",
+            ),
+            ("memory", "32M", "--memory 32M: a machine has at least 64M"),
+            ("memory", "65537K", "--memory 65537K: the size is not a multiple of the 4K page; 64M is"),
+            (
+                "memory",
+                "129M,hugepages=on",
+                "--memory 129M,hugepages=on: the size is not a multiple of the 2M page; 128M is",
+            ),
+            ("memory", "1G,shared=yes", "--memory 1G,shared=yes: shared=yes: say on or off"),
+            (
+                "memory",
+                "1G,hugepage=on",
+                "--memory 1G,hugepage=on: unknown key \"hugepage\"; did you mean \"hugepages\"? \
+                 (keys: size, hugepages, prefault, shared)",
+            ),
+            ("disk", "readonly=on", "--disk readonly=on: a disk needs an image; write path=IMAGE"),
+            ("disk", "x,aio=native", "--disk x,aio=native: aio=native: this build offers aio=threads"),
+            ("disk", "x,aio=fast", "--disk x,aio=fast: aio=fast: no such aio; this build offers aio=threads"),
+            ("disk", "x,cache=none", "--disk x,cache=none: cache=none: this build offers cache=writeback"),
+            (
+                "disk",
+                "x,format=qcow2",
+                "--disk x,format=qcow2: format=qcow2: this build offers format=raw; make a raw copy with \
+                 \"qemu-img convert -O raw IMAGE COPY\"",
+            ),
+            (
+                "disk",
+                "x,serial=123456789012345678901",
+                "--disk x,serial=123456789012345678901: serial=123456789012345678901: a serial number is 1 to 20 \
+                 printable ASCII characters",
+            ),
+            ("disk", "x,id=0", "--disk x,id=0: id=0: an id is a letter followed by letters, digits, '-', '.' or '_'"),
+            ("serial", "file", "--serial file: where? write file=PATH"),
+            (
+                "serial",
+                "studio",
+                "--serial studio: no such connection; did you mean \"stdio\"? (stdio, file=PATH, pty, socket=PATH, none)",
+            ),
+            (
+                "serial",
+                "file=a,socket=b",
+                "--serial file=a,socket=b: COM1 has one other end: stdio, file=PATH, pty, socket=PATH or none",
+            ),
+            ("debug-exit", "0x3f8", "--debug-exit 0x3f8: the two bytes at this port belong to COM1; 0x501 is free"),
+            ("no-reboot", "yes", "--no-reboot yes: say on or off"),
+            ("grace", "-1", "--grace -1: not a number of seconds; write it like 30"),
+        ] {
+            assert_eq!(machine(&[("kernel", "k"), (key, text)]), Err(line.to_owned()), "{key} {text}");
+        }
+        assert_eq!(
+            machine(&[]),
+            Err("--kernel is missing: name a kernel, or a file that has one with --config vm.toml".to_owned())
+        );
+    }
+
+    #[test]
+    fn every_other_end_of_com1() {
+        for (text, serial) in [
+            ("stdio", SerialConfig::Stdio),
+            ("pty", SerialConfig::Pty),
+            ("none", SerialConfig::None),
+            ("file=a,,b=c", SerialConfig::File("a,b=c".into())),
+            ("socket=/run/vm.sock", SerialConfig::Socket("/run/vm.sock".into())),
+        ] {
+            assert_eq!(machine(&[("kernel", "k"), ("serial", text)]).map(|vm| vm.serial), Ok(serial));
+        }
+    }
+
+    #[test]
+    fn two_disks_cannot_share_a_name() {
+        let given = machine(&[("kernel", "k"), ("disk", "a.img,id=data"), ("disk", "b.img,id=data")]);
+        let line = "--disk b.img,id=data: the id \"data\" belongs to a.img; choose another with id=";
+        assert_eq!(given, Err(line.to_owned()));
+        let default = machine(&[("kernel", "k"), ("disk", "a.img,id=disk1"), ("disk", "b.img")]);
+        assert_eq!(default, Err("--disk b.img: the id \"disk1\" belongs to a.img; choose another with id=".to_owned()));
+    }
+
+    #[test]
+    fn flags_replace_what_the_file_says() {
+        let file = [("kernel", "filed"), ("cpus", "4"), ("memory", "4G,shared=on"), ("disk", "a"), ("disk", "b")];
+        let file = || request(&file).unwrap();
+        let flags = request(&[("cpus", "2"), ("memory", "1G"), ("disk", "c"), ("no-reboot", "off")]).unwrap();
+        let vm = flags.over(file()).resolve().unwrap();
+        assert_eq!((vm.kernel, vm.cpus), ("filed".into(), 2));
+        assert_eq!(vm.memory, MemoryConfig { size: 1 << 30, hugepages: false, prefault: false, shared: false });
+        assert_eq!(vm.disks, vec![disk("c", "disk0")]);
+        assert_eq!(Request::default().over(file()), file());
+        let off = request(&[("debug-exit", "off"), ("no-reboot", "off")]).unwrap();
+        let on = request(&[("kernel", "k"), ("debug-exit", "0x501"), ("no-reboot", "on")]).unwrap();
+        let vm = off.over(on).resolve().unwrap();
+        assert_eq!((vm.debug_exit, vm.on_reboot), (None, OnReboot::Restart));
+    }
+
+    proptest! {
+        #[test]
+        fn no_text_panics(key in 0..super::super::file::KEYS.len(), text in any::<String>(), near in "[a-z0-9=,.GMK]*") {
+            let key = super::super::file::KEYS[key];
+            for text in [text.as_str(), near.as_str()] {
+                if let Err(line) = machine(&[("kernel", "k"), (key, text)]) {
+                    let start = format!("--{key}");
+                    prop_assert!(line.starts_with(&start), "{}", line);
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,102 @@
+//! How a machine can end, and the exit code that tells. Decided on the main thread.
+
+/// Why a machine that had started stopped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ExitReason {
+    /// The guest powered itself off.
+    Poweroff,
+    /// The guest reset the machine, and `--no-reboot` was given.
+    Reset,
+    /// `Ctrl-A x` on the console.
+    Quit,
+    /// The guest kernel reported a panic through pvpanic.
+    Panic,
+    /// A vCPU could not deliver an exception, nor the double fault.
+    TripleFault,
+    /// KVM_EXIT_INTERNAL_ERROR or KVM_EXIT_FAIL_ENTRY: KVM cannot go on with this guest.
+    KvmError,
+    /// A second signal, or the end of the grace period after the first.
+    Forced,
+    /// The guest wrote this value to the debug exit port.
+    DebugExit(u32),
+}
+
+/// The exit code when the machine did not start.
+pub const FAILED_START: u8 = 1;
+
+/// The exit code for flags or a configuration file that make no machine.
+pub const USAGE: u8 = 2;
+
+/// Every exit code of `skiff run` and what it means; the help and the man page are made from this. All but 1 are even,
+/// so that none is one of the debug exit port's, which are odd.
+pub const CODES: [(&str, &str); 9] = [
+    ("0", "the guest powered off, or reset with --no-reboot, or Ctrl-A x was typed"),
+    ("1", "the machine did not start"),
+    ("2", "usage: the flags or the configuration file make no machine"),
+    ("4", "the guest kernel panicked (it said so through pvpanic)"),
+    ("6", "triple fault"),
+    ("8", "KVM cannot go on: an internal error or a failed entry"),
+    ("10", "stopped by force: a second signal, or the grace period ran out"),
+    ("odd", "(v << 1) | 1 for a value v written to the debug exit port, modulo 256"),
+    ("134", "a bug in skiff: it aborted with a message"),
+];
+
+impl ExitReason {
+    /// The exit code of the process.
+    pub fn code(self) -> u8 {
+        match self {
+            Self::Poweroff | Self::Reset | Self::Quit => 0,
+            Self::Panic => 4,
+            Self::TripleFault => 6,
+            Self::KvmError => 8,
+            Self::Forced => 10,
+            // The low byte is all a process can return; QEMU's isa-debug-exit loses the rest the same way.
+            Self::DebugExit(value) => ((value << 1) | 1) as u8,
+        }
+    }
+}
+
+impl std::fmt::Display for ExitReason {
+    fn fmt(&self, out: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Poweroff => out.write_str("the guest powered off"),
+            Self::Reset => out.write_str("the guest reset the machine"),
+            Self::Quit => out.write_str("ended from the console"),
+            Self::Panic => out.write_str("the guest kernel panicked"),
+            Self::TripleFault => out.write_str("triple fault"),
+            Self::KvmError => out.write_str("KVM cannot go on with this guest"),
+            Self::Forced => out.write_str("stopped by force"),
+            Self::DebugExit(value) => write!(out, "the guest wrote {value:#x} to the debug exit port"),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn codes_of_the_table() {
+        let all = [
+            (ExitReason::Poweroff, "0"),
+            (ExitReason::Reset, "0"),
+            (ExitReason::Quit, "0"),
+            (ExitReason::Panic, "4"),
+            (ExitReason::TripleFault, "6"),
+            (ExitReason::KvmError, "8"),
+            (ExitReason::Forced, "10"),
+        ];
+        for (reason, code) in all {
+            assert_eq!(reason.code().to_string(), code, "{reason}");
+            assert!(CODES.iter().any(|row| row.0 == code), "{reason} is not in the table");
+        }
+    }
+
+    #[test]
+    fn the_debug_exit_port_has_the_odd_codes() {
+        // QEMU, hw/misc/debugexit.c: exit((val << 1) | 1).
+        for (value, code) in [(0, 1), (0x10, 33), (0x31, 99), (0x7f, 255), (0x80, 1), (u32::MAX, 255)] {
+            assert_eq!(ExitReason::DebugExit(value).code(), code);
+        }
+    }
+}
