@@ -5,7 +5,7 @@ pub mod bus;
 pub mod cmos;
 pub mod debug_exit;
 pub mod i8042;
-mod log_limit;
+pub mod log_limit;
 pub mod pci;
 pub mod power;
 pub mod pvpanic;

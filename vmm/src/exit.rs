@@ -1,5 +1,11 @@
 //! How a machine can end, and the exit code that tells. Decided on the main thread.
 
+use std::io;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
 /// Why a machine that had started stopped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ExitReason {
@@ -68,6 +74,53 @@ impl std::fmt::Display for ExitReason {
             Self::Forced => out.write_str("stopped by force"),
             Self::DebugExit(value) => write!(out, "the guest wrote {value:#x} to the debug exit port"),
         }
+    }
+}
+
+/// Where any thread announces that the machine has ended. The first reason counts; the main thread waits on the eventfd.
+#[derive(Debug)]
+pub struct ExitLine {
+    reason: Mutex<Option<ExitReason>>,
+    raised: AtomicBool,
+    event: EventFd,
+}
+
+impl ExitLine {
+    /// A line on which nothing was announced.
+    ///
+    /// # Errors
+    /// If the host gives no eventfd.
+    pub fn new() -> io::Result<Self> {
+        Ok(Self { reason: Mutex::default(), raised: AtomicBool::new(false), event: EventFd::new(EFD_NONBLOCK)? })
+    }
+
+    /// Announces the end. Returns at once; ignored if another reason was announced before.
+    pub fn raise(&self, reason: ExitReason) {
+        self.lock().get_or_insert(reason);
+        self.raised.store(true, Ordering::Release);
+        // Fails only if the counter is full, and then it is readable.
+        let _ = self.event.write(1);
+    }
+
+    /// Whether the end was announced. One load: asked before every entry into the guest.
+    pub fn is_raised(&self) -> bool {
+        self.raised.load(Ordering::Acquire)
+    }
+
+    /// The reason, and the line is as new: for the next machine, when all threads of this one are gone.
+    pub fn take(&self) -> Option<ExitReason> {
+        let _ = self.event.read();
+        self.raised.store(false, Ordering::Release);
+        self.lock().take()
+    }
+
+    /// Readable when the end was announced.
+    pub fn event(&self) -> &EventFd {
+        &self.event
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Option<ExitReason>> {
+        self.reason.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

@@ -1,5 +1,15 @@
 //! skiff: a small KVM virtual machine monitor.
 
+pub mod builder;
 pub mod config;
+pub mod console;
+pub mod cpuid;
 pub mod exit;
+mod failure;
+pub mod irq;
 pub mod kvm;
+pub mod layout;
+pub mod memory;
+mod regs;
+pub mod vcpu;
+pub mod vm;

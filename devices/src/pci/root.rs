@@ -1,5 +1,5 @@
-//! The root bus: 32 slots of one function each, the host bridge in slot 0, and the three ways a guest reaches them. Built
-//! once; afterwards every vCPU thread looks up without a lock, and a function locks what it must.
+//! The root bus: 32 slots, the host bridge in slot 0, and the three ways a guest reaches them. Built once; afterwards
+//! every vCPU thread looks up without a lock, and a function locks what it must.
 
 use std::ops::Range;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -10,8 +10,13 @@ use thiserror::Error;
 use super::config::{BarWidth, Bars, Configuration, Identity};
 use crate::bus::BusDevice;
 
-/// Slots on the bus.
-pub const SLOTS: u8 = 32;
+/// Slots on the bus, without the host bridge's.
+const SLOTS: usize = 31;
+/// Functions a slot can have.
+const FUNCTIONS: usize = 8;
+/// The register that holds the header type, in its third byte, and the bit in it that says a slot has several functions.
+const HEADER_TYPE: u16 = 0x0e;
+const MULTI_FUNCTION: u8 = 1 << 7;
 
 /// One PCI function. Called on vCPU threads, several at once.
 pub trait PciDevice: Send + Sync {
@@ -31,60 +36,63 @@ pub trait PciDevice: Send + Sync {
     fn bar_write(&self, bar: usize, offset: u64, data: &[u8]);
 }
 
-/// The windows hold fewer bytes than the BARs ask for.
+/// Why a set of functions makes no bus.
 #[derive(Debug, Error, PartialEq, Eq)]
-#[error("no room for BAR {bar} of PCI slot {slot} ({size:#x} bytes); use fewer devices")]
-pub struct NoRoom {
-    /// Slot of the function.
-    pub slot: u8,
-    /// Index of the BAR.
-    pub bar: usize,
-    /// Its size in bytes.
-    pub size: u64,
+pub enum RootError {
+    /// More functions than the bus has places.
+    #[error("{0} PCI devices are more than a bus holds ({max}); use fewer disks", max = SLOTS * FUNCTIONS)]
+    TooMany(usize),
+    /// The windows hold fewer bytes than the BARs ask for.
+    #[error("no room for BAR {bar} of a PCI device ({size:#x} bytes); use fewer devices")]
+    NoRoom {
+        /// Index of the BAR.
+        bar: usize,
+        /// Its size in bytes.
+        size: u64,
+    },
 }
 
-/// The functions on bus 0.
+/// The functions on bus 0, by device and function number: what a configuration address says in 8 bits.
 pub struct PciRoot {
-    slots: [Option<Arc<dyn PciDevice>>; SLOTS as usize],
-}
-
-impl Default for PciRoot {
-    fn default() -> Self {
-        let mut root = Self { slots: Default::default() };
-        root.slots[0] = Some(Arc::new(HostBridge::new()));
-        root
-    }
+    functions: Vec<Option<Arc<dyn PciDevice>>>,
 }
 
 impl PciRoot {
-    /// Puts `device` into `slot` as function 0. Slot 0 has the host bridge.
+    /// A bus with `devices` behind the host bridge, which a guest finds in their order: one a slot while there are slots
+    /// enough, else as functions of one slot.
     ///
-    /// # Panics
-    /// If the slot is taken or does not exist: the layout of the machine is ours.
-    pub fn add(&mut self, slot: u8, device: Arc<dyn PciDevice>) {
-        let place = &mut self.slots[usize::from(slot)];
-        assert!(place.is_none(), "PCI slot {slot} is taken");
-        *place = Some(device);
+    /// # Errors
+    /// [`RootError::TooMany`].
+    pub fn new(devices: Vec<Arc<dyn PciDevice>>) -> Result<Self, RootError> {
+        let per_slot = devices.len().div_ceil(SLOTS).max(1);
+        if per_slot > FUNCTIONS {
+            return Err(RootError::TooMany(devices.len()));
+        }
+        let mut functions: Vec<Option<Arc<dyn PciDevice>>> = (0..(SLOTS + 1) * FUNCTIONS).map(|_| None).collect();
+        functions[0] = Some(Arc::new(HostBridge::new()));
+        for (at, device) in devices.into_iter().enumerate() {
+            functions[(1 + at / per_slot) * FUNCTIONS + at % per_slot] = Some(device);
+        }
+        Ok(Self { functions })
     }
 
     /// Gives every BAR an address, as firmware does: naturally aligned, in `low` (below 4 GiB) while there is room, else in
     /// `high` if the BAR is 64 bits wide. Memory decoding is left off; drivers enable it.
     ///
     /// # Errors
-    /// [`NoRoom`] if a BAR fits nowhere.
-    pub fn assign_bars(&self, low: Range<u64>, high: Range<u64>) -> Result<(), NoRoom> {
-        let mut bars: Vec<_> = (0..SLOTS)
-            .filter_map(|slot| Some((slot, self.function(slot)?)))
-            .flat_map(|(slot, device)| device.bars().iter().map(move |(index, spec)| (slot, device, index, spec)))
-            .collect();
+    /// [`RootError::NoRoom`] if a BAR fits nowhere.
+    pub fn assign_bars(&self, low: Range<u64>, high: Range<u64>) -> Result<(), RootError> {
+        let devices = self.functions.iter().flatten();
+        let mut bars: Vec<_> =
+            devices.flat_map(|device| device.bars().iter().map(move |(index, spec)| (device, index, spec))).collect();
         // Largest first: then no alignment leaves a gap.
         bars.sort_by_key(|(.., spec)| std::cmp::Reverse(spec.size));
         let (mut low, mut high) = (low, high);
-        for (slot, device, index, spec) in bars {
+        for (device, index, spec) in bars {
             let wide = spec.width == BarWidth::Bits64;
             let base = take(&mut low, spec.size)
                 .or_else(|| if wide { take(&mut high, spec.size) } else { None })
-                .ok_or(NoRoom { slot, bar: index, size: spec.size })?;
+                .ok_or(RootError::NoRoom { bar: index, size: spec.size })?;
             let register = 0x10 + 4 * index as u16;
             device.config_write(register, &(base as u32).to_le_bytes());
             if wide {
@@ -94,30 +102,36 @@ impl PciRoot {
         Ok(())
     }
 
-    fn function(&self, slot: u8) -> Option<&dyn PciDevice> {
-        self.slots.get(usize::from(slot))?.as_deref()
-    }
-
     fn config_read(&self, address: FunctionAddress, offset: u16, data: &mut [u8]) {
-        match self.addressed(address) {
-            Some(device) => device.config_read(offset, data),
-            None => data.fill(0xff),
+        let Some(device) = self.function(address) else { return data.fill(0xff) };
+        device.config_read(offset, data);
+        if self.has_siblings(address) {
+            let header_type = HEADER_TYPE.checked_sub(offset).and_then(|at| data.get_mut(usize::from(at)));
+            if let Some(header_type) = header_type {
+                *header_type |= MULTI_FUNCTION;
+            }
         }
     }
 
     fn config_write(&self, address: FunctionAddress, offset: u16, data: &[u8]) {
-        if let Some(device) = self.addressed(address) {
+        if let Some(device) = self.function(address) {
             device.config_write(offset, data);
         }
     }
 
-    fn addressed(&self, address: FunctionAddress) -> Option<&dyn PciDevice> {
-        (address.bus == 0 && address.function == 0).then(|| self.function(address.slot)).flatten()
+    fn function(&self, address: FunctionAddress) -> Option<&dyn PciDevice> {
+        let at = usize::from(address.slot) * FUNCTIONS + usize::from(address.function);
+        (address.bus == 0).then(|| self.functions.get(at)?.as_deref()).flatten()
+    }
+
+    /// Whether this is function 0 of a slot that has more.
+    fn has_siblings(&self, address: FunctionAddress) -> bool {
+        address.function == 0 && self.function(FunctionAddress { function: 1, ..address }).is_some()
     }
 
     /// The function whose BAR decodes the access now, the BAR and the offset in it.
     fn decoding(&self, address: u64, len: usize) -> Option<(&dyn PciDevice, usize, u64)> {
-        self.slots.iter().flatten().find_map(|device| {
+        self.functions.iter().flatten().find_map(|device| {
             let (bar, offset) = device.bars().find(address, len)?;
             Some((device.as_ref(), bar, offset))
         })

@@ -65,8 +65,8 @@ pub(super) struct RunArgs {
 }
 
 /// Starts the machine and waits for its end.
-fn start(_vm: &VmConfig) -> anyhow::Result<ExitReason> {
-    anyhow::bail!("not integrated")
+fn start(vm: &VmConfig) -> anyhow::Result<ExitReason> {
+    skiff::vm::run(vm)
 }
 
 impl RunArgs {

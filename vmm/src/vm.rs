@@ -1,0 +1,196 @@
+//! The life of one `skiff run`: open what the user named, build the machine, let it run, build it again when the guest
+//! reboots, and put everything down in order. All of it on the main thread.
+
+use std::fs::File;
+use std::io::Read;
+use std::os::fd::AsRawFd;
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::{Duration, Instant};
+
+use anyhow::Context;
+use block::disk::Disk;
+use devices::acpi::PowerButton;
+use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+
+use crate::builder::{Machine, VmBuilder};
+use crate::config::{OnReboot, VmConfig};
+use crate::console::{Console, ConsoleAction};
+use crate::exit::{ExitLine, ExitReason};
+use crate::kvm;
+use crate::vcpu::VcpuThreads;
+
+/// What the user named, opened and locked once; a reboot of the guest builds a new machine on the same files.
+pub struct Resources {
+    /// The kernel image.
+    pub kernel: File,
+    /// The initial RAM disk.
+    pub initrd: Option<File>,
+    /// One a `--disk`, in their order. The locks on the images are held until this is dropped.
+    pub disks: Vec<Arc<Disk>>,
+    /// What COM1 is connected to.
+    pub console: Arc<Console>,
+}
+
+impl Resources {
+    /// Opens everything `config` names. Nothing is written to and the terminal is left as it is.
+    ///
+    /// # Errors
+    /// One line that names the option, the file and the remedy.
+    pub fn open(config: &VmConfig) -> anyhow::Result<Self> {
+        let kernel = open("--kernel", &config.kernel)?;
+        let initrd = config.initrd.as_deref().map(|path| open("--initrd", path)).transpose()?;
+        let disks = config
+            .disks
+            .iter()
+            .map(|disk| {
+                let opened = Disk::open(&disk.path, disk.readonly, &disk.id);
+                opened.map(Arc::new).with_context(|| format!("--disk path={}", disk.path.display()))
+            })
+            .collect::<anyhow::Result<_>>()?;
+        let console = Arc::new(Console::open(&config.serial)?);
+        Ok(Self { kernel, initrd, disks, console })
+    }
+}
+
+fn open(option: &str, path: &Path) -> anyhow::Result<File> {
+    File::open(path).with_context(|| format!("{option} {}", path.display()))
+}
+
+/// Runs the machine that `config` describes until it ends for good, and says how it ended.
+///
+/// # Errors
+/// When the machine cannot be started: one line that names the option and the remedy.
+pub fn run(config: &VmConfig) -> anyhow::Result<ExitReason> {
+    let kvm = kvm::open()?;
+    let resources = Resources::open(config)?;
+    let exit = Arc::new(ExitLine::new().context("no eventfd")?);
+    let mut control = Control::new(config.grace, &exit, &resources.console)?;
+    loop {
+        let machine = VmBuilder { kvm: &kvm, config, resources: &resources, exit: &exit }.build()?;
+        let reason = run_machine(machine, &mut control, &resources)?;
+        let restart = reason == ExitReason::Reset && config.on_reboot == OnReboot::Restart && !control.is_stopping();
+        if !restart {
+            return Ok(reason);
+        }
+        tracing::info!("the guest reset the machine; starting it again");
+    }
+}
+
+/// From the first instruction to the last flush.
+fn run_machine(machine: Machine, control: &mut Control, resources: &Resources) -> anyhow::Result<ExitReason> {
+    let Machine { vcpus, serial, power_button, functions, .. } = machine;
+    resources.console.connect(serial.clone());
+    let running = VcpuThreads::start(vcpus).context("no thread for a vCPU");
+    let waited = running.and_then(|_threads| {
+        let waited = control.wait(&power_button);
+        // A vCPU that waits for a slow console would never see that it has to stop. The threads end here.
+        serial.release();
+        waited
+    });
+    resources.console.disconnect();
+    for function in &functions {
+        function.reset();
+    }
+    waited?;
+    control.exit.take().context("the machine ended without a reason")
+}
+
+/// What reaches a running machine from outside: signals, keys, and the announcement of its end.
+struct Control {
+    events: EventManager<Box<dyn MutEventSubscriber>>,
+    exit: Arc<ExitLine>,
+    grace: Duration,
+    stops: Arc<AtomicU32>,
+    deadline: Option<Instant>,
+}
+
+impl Control {
+    fn new(grace: Duration, exit: &Arc<ExitLine>, console: &Arc<Console>) -> anyhow::Result<Self> {
+        let stops = Arc::new(AtomicU32::new(0));
+        let mut events = EventManager::<Box<dyn MutEventSubscriber>>::new().context("no epoll")?;
+        let (receiver, sender) = UnixStream::pair().context("no socket pair for signals")?;
+        receiver.set_nonblocking(true).context("signals")?;
+        for signal in [SIGTERM, SIGINT, SIGHUP] {
+            let sender = sender.try_clone().context("signals")?;
+            signal_hook::low_level::pipe::register(signal, sender).context("signals")?;
+        }
+        events.add_subscriber(Box::new(Signals { receiver, stops: stops.clone() }));
+        events.add_subscriber(Box::new(Ended(exit.clone())));
+        events.add_subscriber(console.input(Self::on_key(exit.clone(), stops.clone())));
+        Ok(Self { events, exit: exit.clone(), grace, stops, deadline: None })
+    }
+
+    fn on_key(exit: Arc<ExitLine>, stops: Arc<AtomicU32>) -> impl Fn(ConsoleAction) + 'static {
+        move |action| match action {
+            ConsoleAction::Quit => exit.raise(ExitReason::Quit),
+            ConsoleAction::PowerButton => _ = stops.fetch_add(1, Ordering::Relaxed),
+        }
+    }
+
+    /// Handles events until the end of the machine is announced. The first request to stop presses the power button;
+    /// the second, or the end of the grace period, announces the end itself.
+    fn wait(&mut self, power_button: &PowerButton) -> anyhow::Result<()> {
+        while !self.exit.is_raised() {
+            let patience = self.deadline.map_or(-1, |deadline| {
+                i32::try_from(deadline.saturating_duration_since(Instant::now()).as_millis() + 1).unwrap_or(i32::MAX)
+            });
+            self.events.run_with_timeout(patience).context("epoll")?;
+            for _ in 0..self.stops.swap(0, Ordering::Relaxed) {
+                if self.deadline.is_none() {
+                    tracing::info!("power button pressed; the guest has {} s to power off", self.grace.as_secs());
+                    power_button.press().context("the power button")?;
+                    self.deadline = Some(Instant::now() + self.grace);
+                } else {
+                    self.exit.raise(ExitReason::Forced);
+                }
+            }
+            if self.deadline.is_some_and(|deadline| deadline <= Instant::now()) {
+                self.exit.raise(ExitReason::Forced);
+            }
+        }
+        Ok(())
+    }
+
+    /// Someone asked the machine to stop: a reset by the guest ends it then.
+    fn is_stopping(&self) -> bool {
+        self.deadline.is_some()
+    }
+}
+
+/// SIGTERM, SIGINT and SIGHUP, as bytes in a socket.
+struct Signals {
+    receiver: UnixStream,
+    stops: Arc<AtomicU32>,
+}
+
+impl MutEventSubscriber for Signals {
+    fn init(&mut self, ops: &mut EventOps) {
+        watch(ops, &self.receiver);
+    }
+
+    fn process(&mut self, _events: Events, _ops: &mut EventOps) {
+        let mut signals = [0; 16];
+        if let Ok(count) = self.receiver.read(&mut signals) {
+            self.stops.fetch_add(count as u32, Ordering::Relaxed);
+        }
+    }
+}
+
+/// Wakes the main thread; it looks at the line itself.
+struct Ended(Arc<ExitLine>);
+
+impl MutEventSubscriber for Ended {
+    fn init(&mut self, ops: &mut EventOps) {
+        watch(ops, self.0.event());
+    }
+
+    fn process(&mut self, _events: Events, _ops: &mut EventOps) {}
+}
+
+fn watch(ops: &mut EventOps, fd: &impl AsRawFd) {
+    ops.add(Events::new(fd, EventSet::IN)).expect("a new descriptor can be added to our own epoll");
+}
