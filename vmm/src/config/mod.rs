@@ -59,7 +59,7 @@ pub struct VmConfig {
 }
 
 /// `--boot-protocol`.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum BootProtocol {
     /// What the image offers: the Linux protocol for a bzImage; PVH for an ELF that has the note, else Linux.
     #[default]
@@ -68,6 +68,20 @@ pub enum BootProtocol {
     Linux,
     /// The PVH entry of an ELF image.
     Pvh,
+}
+
+impl BootProtocol {
+    /// All of them.
+    pub const ALL: [Self; 3] = [Self::Auto, Self::Linux, Self::Pvh];
+
+    /// The name that users write.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Auto => "auto",
+            Self::Linux => "linux",
+            Self::Pvh => "pvh",
+        }
+    }
 }
 
 /// `--memory`.

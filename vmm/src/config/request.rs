@@ -127,7 +127,8 @@ impl Request {
 }
 
 fn boot_protocol(text: &str) -> Result<BootProtocol, String> {
-    clap::ValueEnum::from_str(text, false).map_err(|_| "no such protocol; say auto, linux or pvh".to_owned())
+    let named = BootProtocol::ALL.into_iter().find(|protocol| protocol.name() == text);
+    named.ok_or_else(|| "no such protocol; say auto, linux or pvh".to_owned())
 }
 
 /// Names the disks that have no id by their position, and checks that the names differ.
