@@ -314,3 +314,6 @@ fn add_capabilities(config: &mut Configuration, vectors: u16) -> (usize, usize) 
 
 const _: () = assert!(layout::TABLE + MAX_VECTORS as u64 * 16 == layout::SIZE);
 const _: () = assert!(layout::NOTIFY + MAX_VECTORS as u64 * layout::NOTIFY_MULTIPLIER <= layout::TABLE);
+
+#[cfg(test)]
+mod tests;
