@@ -131,6 +131,9 @@ pub(crate) fn init() {
     apic.write(APIC_SPURIOUS, 0x100 | u32::from(SPURIOUS_VECTOR));
     apic.write(APIC_TIMER_DIVIDE, 0b1011_u32);
     apic.write(APIC_TIMER, u32::from(TIMER_VECTOR));
+    // The two 8259: firmware may have left its timer running.
+    port_out(0x21, 0xff_u8);
+    port_out(0xa1, 0xff_u8);
     call(Call::EnableInterrupts, 0, 0);
 }
 
