@@ -53,7 +53,7 @@ pub struct DiskRequest {
 
 impl Request {
     /// Takes the text of the setting `key` as a flag or a line of a file gives it. `key` is the name of the flag without
-    /// its dashes, as in [`super::file::KEYS`]; a further `disk` is a further disk.
+    /// its dashes, as in [`super::KEYS`]; a further `disk` is a further disk.
     pub fn set(&mut self, place: &Place, key: &str, text: &str) -> Result<(), ConfigError> {
         let wrong = |what: String| place.error(what);
         match key {

@@ -41,7 +41,7 @@ fn fraction_bytes(fraction: &str, shift: u32) -> Result<u64, String> {
     if scaled.is_multiple_of(scale) { Ok((scaled / scale) as u64) } else { Err(uneven()) }
 }
 
-/// `bytes` as [`size`] reads it, in the largest unit that leaves a whole number. A number of bytes that is not a multiple
+/// `bytes` as `--memory` reads it, in the largest unit that leaves a whole number. A number of bytes that is not a multiple
 /// of 1024 has no such form and is written as bytes with a B, for messages only.
 pub fn format_size(bytes: u64) -> String {
     let unit = UNITS.iter().rev().find(|unit| bytes != 0 && bytes.is_multiple_of(1 << unit.1));
