@@ -50,7 +50,7 @@ pub struct VmConfig {
     pub disks: Vec<DiskConfig>,
     /// What is connected to COM1.
     pub serial: SerialConfig,
-    /// The port of isa-debug-exit, two bytes wide, if there is one. It lies clear of every other device's ports.
+    /// The first of four ports of isa-debug-exit, if there is one. It lies clear of every other device's ports.
     pub debug_exit: Option<u16>,
     /// What a reset by the guest does.
     pub on_reboot: OnReboot,

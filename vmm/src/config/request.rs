@@ -285,7 +285,7 @@ mod tests {
                 "file=a,socket=b",
                 "--serial file=a,socket=b: COM1 has one other end: stdio, file=PATH, pty, socket=PATH or none",
             ),
-            ("debug-exit", "0x3f8", "--debug-exit 0x3f8: the two bytes at this port belong to COM1; 0x501 is free"),
+            ("debug-exit", "0x3f8", "--debug-exit 0x3f8: the four ports from here on are not free: COM1; 0x501 is"),
             ("no-reboot", "yes", "--no-reboot yes: say on or off"),
             ("grace", "-1", "--grace -1: not a number of seconds; write it like 30"),
         ] {
