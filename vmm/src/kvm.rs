@@ -12,7 +12,7 @@ use kvm_bindings::{
     KVM_CAP_ADJUST_CLOCK, KVM_CAP_EXT_CPUID, KVM_CAP_GET_TSC_KHZ, KVM_CAP_IMMEDIATE_EXIT, KVM_CAP_IOEVENTFD,
     KVM_CAP_IOEVENTFD_ANY_LENGTH, KVM_CAP_IRQ_ROUTING, KVM_CAP_IRQCHIP, KVM_CAP_IRQFD, KVM_CAP_MP_STATE, KVM_CAP_PIT2,
     KVM_CAP_SET_IDENTITY_MAP_ADDR, KVM_CAP_SET_TSS_ADDR, KVM_CAP_SIGNAL_MSI, KVM_CAP_TSC_DEADLINE_TIMER,
-    KVM_CAP_USER_MEMORY, KVM_CAP_VCPU_EVENTS, KVM_CAP_X2APIC_API, KVM_CAP_XCRS,
+    KVM_CAP_USER_MEMORY, KVM_CAP_VCPU_EVENTS, KVM_CAP_X2APIC_API,
 };
 use kvm_ioctls::Kvm;
 
@@ -38,7 +38,7 @@ const fn needs(number: u32, name: &'static str, purpose: &'static str) -> Capabi
 }
 
 /// All that skiff needs of KVM; nothing here is optional.
-pub const REQUIRED: [Capability; 19] = [
+pub const REQUIRED: [Capability; 18] = [
     needs(KVM_CAP_USER_MEMORY, "KVM_CAP_USER_MEMORY", "guest memory"),
     needs(KVM_CAP_SET_TSS_ADDR, "KVM_CAP_SET_TSS_ADDR", "real mode on Intel"),
     needs(KVM_CAP_SET_IDENTITY_MAP_ADDR, "KVM_CAP_SET_IDENTITY_MAP_ADDR", "real mode on Intel"),
@@ -55,7 +55,6 @@ pub const REQUIRED: [Capability; 19] = [
     needs(KVM_CAP_GET_TSC_KHZ, "KVM_CAP_GET_TSC_KHZ", "the frequency of the guest's clock"),
     needs(KVM_CAP_ADJUST_CLOCK, "KVM_CAP_ADJUST_CLOCK", "kvmclock"),
     needs(KVM_CAP_VCPU_EVENTS, "KVM_CAP_VCPU_EVENTS", "resetting a CPU"),
-    needs(KVM_CAP_XCRS, "KVM_CAP_XCRS", "resetting a CPU"),
     needs(KVM_CAP_X2APIC_API, "KVM_CAP_X2APIC_API", "APIC ids above 254"),
     needs(KVM_CAP_IMMEDIATE_EXIT, "KVM_CAP_IMMEDIATE_EXIT", "stopping a CPU without losing a signal"),
 ];
