@@ -26,6 +26,7 @@ use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::config::{BootProtocol, VmConfig};
+use crate::console::Console;
 use crate::cpuid::{self, Topology};
 use crate::exit::{ExitLine, ExitReason};
 use crate::irq::KvmInterrupts;
@@ -69,7 +70,7 @@ impl VmBuilder<'_> {
     ///
     /// # Errors
     /// One line that names the option and the remedy. Nothing runs then, and no image was touched.
-    pub fn build(&self) -> anyhow::Result<Machine> {
+    pub fn build(&self, console: &mut Console) -> anyhow::Result<Machine> {
         let supported =
             self.kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).context("KVM does not tell its CPUID leaves")?;
         let layout = Layout::new(self.config.memory.size, cpuid::address_bits(&supported)).with_context(|| {
@@ -82,7 +83,7 @@ impl VmBuilder<'_> {
 
         let interrupts = Arc::new(KvmInterrupts::new(vm.clone(), extended_destination));
         let mut buses = Buses::default();
-        let serial = self.add_com1(&mut buses, &interrupts)?;
+        let serial = add_com1(&mut buses, &interrupts, console)?;
         self.add_board(&mut buses);
         let power_button = self.power_button(&interrupts)?;
         let functions = self.add_pci(&mut buses, &layout, &memory, &interrupts)?;
@@ -132,15 +133,6 @@ impl VmBuilder<'_> {
         let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
         vm.create_pit2(pit).context("KVM cannot create its timer (KVM_CREATE_PIT2)")?;
         Ok((Arc::new(vm), extended_destination))
-    }
-
-    fn add_com1(&self, buses: &mut Buses, interrupts: &KvmInterrupts) -> anyhow::Result<Arc<Serial>> {
-        let interrupt = EventFd::new(EFD_NONBLOCK).context("no eventfd for COM1")?;
-        interrupts.attach_pin(gsi::COM1, &interrupt).context("KVM_IRQFD for COM1")?;
-        let console = &self.resources.console;
-        let serial = Arc::new(Serial::new(interrupt, console.output(), console.room()?));
-        buses.pio.insert(u64::from(port::COM1), devices::serial::PORTS, serial.clone());
-        Ok(serial)
     }
 
     /// The devices of the board that have neither interrupts nor threads.
@@ -255,6 +247,14 @@ impl VmBuilder<'_> {
             anyhow::Error::new(error).context(subject)
         })
     }
+}
+
+fn add_com1(buses: &mut Buses, interrupts: &KvmInterrupts, console: &mut Console) -> anyhow::Result<Arc<Serial>> {
+    let interrupt = EventFd::new(EFD_NONBLOCK).context("no eventfd for COM1")?;
+    interrupts.attach_pin(gsi::COM1, &interrupt).context("KVM_IRQFD for COM1")?;
+    let serial = console.attach(interrupt).context("no eventfd for COM1")?;
+    buses.pio.insert(u64::from(port::COM1), devices::serial::PORTS, serial.clone());
+    Ok(serial)
 }
 
 fn create_vcpu(vm: &VmFd, id: u32, leaves: &CpuId) -> anyhow::Result<VcpuFd> {
