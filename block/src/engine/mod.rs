@@ -2,10 +2,13 @@
 //! whatever does the transfers (a pool's threads, the kernel).
 
 use std::io;
-use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
 use vm_memory::{GuestAddress, GuestMemoryMmap};
+use vmm_sys_util::eventfd::EventFd;
+
+pub mod threads;
+mod transfer;
 
 /// What an [`Op`] asks of the image. Offsets and lengths are in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -13,8 +16,11 @@ pub enum OpKind {
     /// Image to guest memory (`preadv`). Bytes past the end of the image read as zero.
     Read,
     /// Guest memory to image (`pwritev`).
-    Write,
-    /// Everything completed before is on stable storage when this completes (`fdatasync`).
+    Write {
+        /// Complete only when the bytes are on stable storage (RWF_DSYNC).
+        durable: bool,
+    },
+    /// Writes that completed before this was pushed are on stable storage when it completes (`fdatasync`).
     Flush,
 }
 
@@ -26,7 +32,8 @@ pub struct Op {
     pub kind: OpKind,
     /// Where in the image, in bytes.
     pub offset: u64,
-    /// The guest memory, in order: address and length in bytes. Checked against `memory` by the engine before use.
+    /// The guest memory, in order: address and length in bytes. Checked against `memory` by the engine before use; one
+    /// outside of it fails the op with `EFAULT`.
     pub segments: Vec<(GuestAddress, u32)>,
     /// Keeps the mapping alive.
     pub memory: Arc<GuestMemoryMmap>,
@@ -45,20 +52,23 @@ pub struct Completion {
 
 /// Moves bytes between an image and guest memory. All engines complete the same way; nothing above asks which one it is.
 ///
-/// Every pushed op completes exactly once. `EAGAIN` and a full ring park it in a FIFO and are never reported.
+/// Every pushed op completes exactly once, in any order. `EAGAIN` and a full ring park it in a FIFO and are never
+/// reported; whatever else goes wrong is the result of the op. Dropping an engine waits for what is in flight.
 pub trait Engine: Send {
     /// Queues `op` without a system call. `tag` comes back with its completion; the caller keeps tags in flight unique.
     fn push(&mut self, op: Op, tag: u16);
 
     /// Hands what was pushed to the host, in as few system calls as possible.
-    fn submit(&mut self) -> io::Result<()>;
+    fn submit(&mut self);
 
     /// Appends what has completed to `completions`, without blocking.
     fn reap(&mut self, completions: &mut Vec<Completion>);
 
-    /// Becomes readable when something completed; [`Engine::reap`] clears it.
-    fn completion_fd(&self) -> BorrowedFd<'_>;
+    /// Written when something completes after a [`Engine::reap`] that found nothing; an owner who still reaps need not be
+    /// told. Nobody reads it, so wait for it edge-triggered, and only after such a `reap`.
+    fn completion_event(&self) -> &EventFd;
 
-    /// Returns when nothing is in flight; appends the last completions. Called at reset, on the worker thread.
+    /// Submits what was pushed and returns when nothing is in flight; appends the last completions. Called at reset, on
+    /// the worker thread.
     fn drain(&mut self, completions: &mut Vec<Completion>);
 }

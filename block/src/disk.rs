@@ -1,0 +1,206 @@
+//! An opened disk image: a raw file or a block device, checked and locked. Opened by the main thread before the machine
+//! is built; shared by the disk's workers, and kept when the guest restarts.
+
+use std::fs::{File, FileType, OpenOptions};
+use std::io::{self, ErrorKind, Seek, SeekFrom};
+use std::os::unix::fs::FileTypeExt;
+use std::path::{Path, PathBuf};
+
+use thiserror::Error;
+
+use crate::lock;
+
+/// The unit of [`Disk::size`] and of virtio-blk addresses, in bytes.
+pub const SECTOR_SIZE: u64 = 512;
+
+/// Why an image cannot be used. Each is one line that names the file and a remedy.
+#[derive(Debug, Error)]
+pub enum DiskError {
+    /// Nothing has this name.
+    #[error("disk image {0:?} does not exist: check the path, or create it with: truncate -s 8G {0:?}")]
+    Missing(PathBuf),
+    /// The host lets us not even read.
+    #[error("disk image {path:?} cannot be read ({source}): check its permissions and those of its directories")]
+    Unreadable {
+        /// The image.
+        path: PathBuf,
+        /// What the host said.
+        source: io::Error,
+    },
+    /// Reading is allowed, writing is not.
+    #[error("disk image {path:?} can be read but not written ({source}): add readonly=on, or permit writing to it")]
+    Unwritable {
+        /// The image.
+        path: PathBuf,
+        /// What the host said.
+        source: io::Error,
+    },
+    /// A directory, a pipe, a character device, a socket.
+    #[error("disk image {path:?} is a {found}: name a raw image file or a block device")]
+    Kind {
+        /// The image.
+        path: PathBuf,
+        /// What it is instead.
+        found: &'static str,
+    },
+    /// There is not one sector.
+    #[error("disk image {0:?} is empty: give it a size, for example with: truncate -s 8G {0:?}")]
+    Empty(PathBuf),
+    /// The last sector is not whole.
+    #[error(
+        "disk image {path:?} has {size} bytes, which is not a multiple of 512: if it is a raw image, pad it with: \
+         truncate -s {padded} {path:?}"
+    )]
+    Size {
+        /// The image.
+        path: PathBuf,
+        /// Its size in bytes.
+        size: u64,
+        /// The next multiple of 512.
+        padded: u64,
+    },
+    /// Someone else uses it, at least one of the two for writing.
+    #[error("disk image {path:?} is locked by {holder}: {remedy}")]
+    Locked {
+        /// The image.
+        path: PathBuf,
+        /// Who, in words.
+        holder: String,
+        /// What to do about it.
+        remedy: &'static str,
+    },
+    /// The filesystem does not do locks.
+    #[error("disk image {path:?} cannot be locked ({source}): move it to a filesystem with file locks")]
+    Unlockable {
+        /// The image.
+        path: PathBuf,
+        /// What the host said.
+        source: io::Error,
+    },
+    /// Any other refusal of the host.
+    #[error("disk image {path:?} cannot be opened: {source}")]
+    Io {
+        /// The image.
+        path: PathBuf,
+        /// What the host said.
+        source: io::Error,
+    },
+}
+
+/// An opened image. It is locked against other users as long as this lives: shared if read-only, else exclusively.
+#[derive(Debug)]
+pub struct Disk {
+    id: String,
+    file: File,
+    size: u64,
+    readonly: bool,
+}
+
+impl Disk {
+    /// Opens the raw image or block device at `path`, without changing it. `id` names the disk in messages.
+    ///
+    /// # Errors
+    /// [`DiskError`] says which of its reasons it is.
+    pub fn open(path: &Path, readonly: bool, id: &str) -> Result<Self, DiskError> {
+        let file = open_file(path, readonly)?;
+        let size = image_size(&file).map_err(|source| DiskError::Io { path: path.into(), source })?;
+        if size == 0 {
+            return Err(DiskError::Empty(path.into()));
+        }
+        if !size.is_multiple_of(SECTOR_SIZE) {
+            let padded = size.next_multiple_of(SECTOR_SIZE);
+            return Err(DiskError::Size { path: path.into(), size, padded });
+        }
+        lock_image(&file, path, readonly)?;
+        Ok(Self { id: id.to_owned(), file, size, readonly })
+    }
+
+    /// Its name in messages.
+    pub fn id(&self) -> &str {
+        &self.id
+    }
+
+    /// Bytes when it was opened; a multiple of [`SECTOR_SIZE`], not zero.
+    pub fn size(&self) -> u64 {
+        self.size
+    }
+
+    /// Whether writing is refused. The file is then not even open for it.
+    pub fn readonly(&self) -> bool {
+        self.readonly
+    }
+
+    /// The open file, for positioned transfers. Its own position means nothing.
+    pub fn file(&self) -> &File {
+        &self.file
+    }
+
+    /// Puts everything written so far on stable storage (`fdatasync`). Blocks.
+    pub fn flush(&self) -> io::Result<()> {
+        self.file.sync_data()
+    }
+}
+
+fn open_file(path: &Path, readonly: bool) -> Result<File, DiskError> {
+    let failed = |source: io::Error| match source.kind() {
+        ErrorKind::NotFound => DiskError::Missing(path.into()),
+        ErrorKind::PermissionDenied => DiskError::Unreadable { path: path.into(), source },
+        _ => DiskError::Io { path: path.into(), source },
+    };
+    // Before opening: a pipe would wait for its other end, and a character device may act on being opened.
+    let kind = path.metadata().map_err(failed)?.file_type();
+    if let Some(found) = unusable_kind(kind) {
+        return Err(DiskError::Kind { path: path.into(), found });
+    }
+    match OpenOptions::new().read(true).write(!readonly).open(path) {
+        Ok(file) => Ok(file),
+        Err(source) if !readonly && File::open(path).is_ok() => match source.kind() {
+            ErrorKind::PermissionDenied | ErrorKind::ReadOnlyFilesystem => {
+                Err(DiskError::Unwritable { path: path.into(), source })
+            }
+            _ => Err(DiskError::Io { path: path.into(), source }),
+        },
+        Err(source) => Err(failed(source)),
+    }
+}
+
+fn unusable_kind(kind: FileType) -> Option<&'static str> {
+    if kind.is_file() || kind.is_block_device() {
+        None
+    } else if kind.is_dir() {
+        Some("directory")
+    } else if kind.is_fifo() {
+        Some("pipe")
+    } else if kind.is_char_device() {
+        Some("character device")
+    } else {
+        Some("socket")
+    }
+}
+
+/// The end of a file or of a block device, in bytes.
+fn image_size(mut file: &File) -> io::Result<u64> {
+    file.seek(SeekFrom::End(0))
+}
+
+fn lock_image(file: &File, path: &Path, readonly: bool) -> Result<(), DiskError> {
+    match lock::try_lock(file, !readonly) {
+        Ok(true) => return Ok(()),
+        Ok(false) => {}
+        Err(source) => return Err(DiskError::Unlockable { path: path.into(), source }),
+    }
+    let (holder, remedy) = match lock::find_holder(file) {
+        Some(holder) if holder.pid == std::process::id() => {
+            ("another disk of this VM".to_owned(), "give the image once, or readonly=on to all disks that share it")
+        }
+        Some(holder) => (
+            format!("process {} ({})", holder.pid, holder.command),
+            "stop it, copy the image, or use readonly=on in both",
+        ),
+        None => (
+            "a process that cannot be named (another user's or another container's)".to_owned(),
+            "stop it, copy the image, or use readonly=on in both",
+        ),
+    };
+    Err(DiskError::Locked { path: path.into(), holder, remedy })
+}

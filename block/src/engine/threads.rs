@@ -1,0 +1,268 @@
+//! The thread pool: blocking system calls on a few threads, which take their work from one FIFO at the last moment, so
+//! that a sequential stream stays sequential. The worker owns the [`ThreadPool`]; its threads see only the shared part.
+
+use std::collections::VecDeque;
+use std::io;
+use std::mem;
+use std::num::NonZeroUsize;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use super::transfer::{Image, transfer};
+use super::{Completion, Engine, Op};
+use crate::disk::Disk;
+
+/// The most threads of one pool, if nothing else is said.
+pub const DEFAULT_THREADS: NonZeroUsize = NonZeroUsize::new(16).unwrap();
+
+/// A thread without work for this long ends, except the last.
+const IDLE: Duration = Duration::from_secs(5);
+
+/// A thread needs little: `transfer` is shallow and its buffers are on the heap.
+const STACK_BYTES: usize = 128 * 1024;
+
+/// The engine `threads`. One thread always waits for work; more are started while work waits, and end when idle.
+pub struct ThreadPool {
+    shared: Arc<Shared>,
+    pushed: Vec<Job>,
+}
+
+struct Job {
+    op: Op,
+    tag: u16,
+}
+
+struct Shared {
+    image: Arc<dyn Image>,
+    /// What the threads are called.
+    name: String,
+    idle: Duration,
+    completed: EventFd,
+    state: Mutex<State>,
+    /// There is work in the FIFO, or the pool closes.
+    work: Condvar,
+    /// Nothing is in flight.
+    drained: Condvar,
+}
+
+#[derive(Default)]
+struct State {
+    fifo: VecDeque<Job>,
+    done: Vec<Completion>,
+    /// Jobs taken from `fifo` and not yet in `done`.
+    running: usize,
+    /// Threads that have not ended, at most `limit`.
+    alive: usize,
+    limit: usize,
+    /// Threads of these that wait for work.
+    idle: usize,
+    /// A thread was woken or started and has not looked at the FIFO yet; it wakes the next one if it must.
+    waking: bool,
+    owner: Owner,
+    closing: bool,
+    handles: Vec<JoinHandle<()>>,
+}
+
+/// What the owner does, and so what it must be told.
+#[derive(Default, PartialEq, Eq)]
+enum Owner {
+    /// It comes to reap by itself.
+    Reaping,
+    /// It found nothing to reap: the next completion is signalled.
+    #[default]
+    Waiting,
+    /// It waits until nothing is in flight.
+    Draining,
+}
+
+impl ThreadPool {
+    /// A pool of at most `threads` for `disk`, all called `name` (at most 15 bytes are visible to the host).
+    ///
+    /// # Errors
+    /// When the host gives no eventfd or no thread at all; later only fewer threads than wanted.
+    pub fn new(disk: Arc<Disk>, threads: NonZeroUsize, name: &str) -> io::Result<Self> {
+        Self::start(disk, threads, name, IDLE)
+    }
+
+    fn start(image: Arc<dyn Image>, threads: NonZeroUsize, name: &str, idle: Duration) -> io::Result<Self> {
+        let shared = Arc::new(Shared {
+            image,
+            name: name.to_owned(),
+            idle,
+            completed: EventFd::new(EFD_NONBLOCK)?,
+            state: Mutex::new(State { limit: threads.get(), ..State::default() }),
+            work: Condvar::new(),
+            drained: Condvar::new(),
+        });
+        shared.start_thread(&mut shared.lock())?;
+        Ok(Self { shared, pushed: Vec::new() })
+    }
+}
+
+impl Engine for ThreadPool {
+    fn push(&mut self, op: Op, tag: u16) {
+        self.pushed.push(Job { op, tag });
+    }
+
+    fn submit(&mut self) {
+        if !self.pushed.is_empty() {
+            let mut state = self.shared.lock();
+            state.fifo.extend(self.pushed.drain(..));
+            self.shared.wake(&mut state);
+        }
+    }
+
+    fn reap(&mut self, completions: &mut Vec<Completion>) {
+        let mut state = self.shared.lock();
+        if state.done.is_empty() {
+            state.owner = Owner::Waiting;
+        } else {
+            state.owner = Owner::Reaping;
+            completions.append(&mut state.done);
+        }
+    }
+
+    fn completion_event(&self) -> &EventFd {
+        &self.shared.completed
+    }
+
+    fn drain(&mut self, completions: &mut Vec<Completion>) {
+        self.submit();
+        let mut state = self.shared.lock();
+        while state.in_flight() {
+            state.owner = Owner::Draining;
+            state = self.shared.drained.wait(state).expect(POISONED);
+        }
+        state.owner = Owner::Reaping;
+        completions.append(&mut state.done);
+    }
+}
+
+impl Drop for ThreadPool {
+    fn drop(&mut self) {
+        self.shared.lock().closing = true;
+        self.shared.work.notify_all();
+        loop {
+            let handles = mem::take(&mut self.shared.lock().handles);
+            if handles.is_empty() {
+                return;
+            }
+            for handle in handles {
+                // A thread that panicked has said so itself.
+                let _ = handle.join();
+            }
+        }
+    }
+}
+
+const POISONED: &str = "no thread of the pool panics while it holds the lock";
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().expect(POISONED)
+    }
+
+    /// Brings one more thread to the FIFO, unless one is on its way. Each that comes does the same, so the owner pays for
+    /// one wake-up however long its batch is.
+    fn wake(self: &Arc<Self>, state: &mut State) {
+        if state.fifo.is_empty() || state.waking {
+            return;
+        }
+        if state.idle > 0 {
+            state.waking = true;
+            self.work.notify_one();
+        } else if state.alive < state.limit
+            && let Err(error) = self.start_thread(state)
+        {
+            state.limit = state.alive;
+            tracing::warn!("{}: the host gives no more than {} threads: {error}", self.name, state.limit);
+        }
+    }
+
+    fn start_thread(self: &Arc<Self>, state: &mut State) -> io::Result<()> {
+        let shared = self.clone();
+        let thread = thread::Builder::new().name(self.name.clone()).stack_size(STACK_BYTES);
+        let handle = thread.spawn(move || shared.serve())?;
+        state.handles.retain(|handle| !handle.is_finished());
+        state.handles.push(handle);
+        state.alive += 1;
+        state.waking = true;
+        Ok(())
+    }
+
+    /// The life of a thread.
+    fn serve(self: &Arc<Self>) {
+        let mut buffers = Vec::new();
+        self.lock().waking = false;
+        let mut finished = None;
+        loop {
+            let (job, tell) = self.exchange(finished.take());
+            if tell {
+                // Only full if nobody waits for it: the owner then comes back to reap anyway.
+                let _ = self.completed.write(1);
+            }
+            let Some(job) = job.or_else(|| self.wait()) else { return };
+            let result = transfer(&*self.image, &job.op, &mut buffers);
+            finished = Some(Completion { tag: job.tag, op: job.op, result });
+        }
+    }
+
+    /// Hands in what was finished and takes the next job; also returns whether the owner must be told.
+    fn exchange(self: &Arc<Self>, finished: Option<Completion>) -> (Option<Job>, bool) {
+        let mut state = self.lock();
+        let mut tell = false;
+        if let Some(completion) = finished {
+            state.done.push(completion);
+            state.running -= 1;
+            match state.owner {
+                Owner::Waiting => {
+                    state.owner = Owner::Reaping;
+                    tell = true;
+                }
+                Owner::Draining if !state.in_flight() => self.drained.notify_one(),
+                Owner::Draining | Owner::Reaping => {}
+            }
+        }
+        (self.take(&mut state), tell)
+    }
+
+    fn take(self: &Arc<Self>, state: &mut State) -> Option<Job> {
+        let job = state.fifo.pop_front()?;
+        state.running += 1;
+        self.wake(state);
+        Some(job)
+    }
+
+    /// Waits for a job; `None` when the thread is to end.
+    fn wait(self: &Arc<Self>) -> Option<Job> {
+        let mut state = self.lock();
+        loop {
+            if let Some(job) = self.take(&mut state) {
+                return Some(job);
+            }
+            if state.closing {
+                state.alive -= 1;
+                return None;
+            }
+            state.idle += 1;
+            let patience = if state.alive > 1 { self.idle } else { Duration::MAX };
+            let waited = self.work.wait_timeout(state, patience).expect(POISONED);
+            state = waited.0;
+            state.idle -= 1;
+            state.waking = false;
+            if waited.1.timed_out() && state.fifo.is_empty() && state.alive > 1 {
+                state.alive -= 1;
+                return None;
+            }
+        }
+    }
+}
+
+impl State {
+    fn in_flight(&self) -> bool {
+        self.running > 0 || !self.fifo.is_empty()
+    }
+}

@@ -1,0 +1,155 @@
+//! virtio-blk (virtio 1.2, 5.2): the device as its transport sees it. Its queues run in workers of their own from
+//! activation to reset.
+
+use std::io;
+use std::sync::{Arc, Mutex};
+
+use block::disk::{Disk, SECTOR_SIZE};
+use block::engine::threads::{DEFAULT_THREADS, ThreadPool};
+use thiserror::Error;
+use virtio_bindings::virtio_blk::{
+    VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_ID_BYTES,
+};
+use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
+
+use self::request::{Rules, Serial};
+use self::worker::{Context, QueueWorker};
+use super::device::{ActivateError, Activation, ActiveQueue, VirtioDevice};
+use super::queue::QueueError;
+use crate::log_limit::LogLimit;
+use crate::worker::Worker;
+
+mod request;
+mod worker;
+
+/// Entries of each queue.
+const QUEUE_SIZE: u16 = 256;
+
+/// One queue.
+const QUEUE_SIZES: [u16; 1] = [QUEUE_SIZE];
+
+/// Data segments of one request: a chain is no longer than the queue, and the header and the status are in it too.
+const SEG_MAX: u32 = QUEUE_SIZE as u32 - 2;
+
+/// `struct virtio_blk_config` (virtio 1.2, 5.2.4) up to `blk_size`; no feature that is offered defines more.
+const CONFIG_BYTES: usize = 24;
+
+/// How a disk shows itself.
+#[derive(Clone, Debug, Default)]
+pub struct BlkOptions {
+    /// The number in its threads' names, `blk<number>-q<queue>`.
+    pub number: usize,
+    /// What the guest reads as serial number, its first 20 bytes. None reads as empty.
+    pub serial: Option<String>,
+}
+
+/// How the driver broke a queue of this device, or the host its worker.
+#[derive(Debug, Error)]
+enum Broken {
+    #[error(transparent)]
+    Queue(#[from] QueueError),
+    #[error("the request at descriptor {0} has no status byte that can be written")]
+    NoStatus(u16),
+    #[error("the request at descriptor {0} has readable buffers after writable ones")]
+    Order(u16),
+    #[error("descriptor {0} was made available again while its request is in flight")]
+    Repeated(u16),
+    #[error("its queue cannot wait for events: {0}")]
+    Host(#[from] io::Error),
+}
+
+/// A virtio-blk device over one disk.
+pub struct Blk {
+    disk: Arc<Disk>,
+    number: usize,
+    serial: Serial,
+    workers: Vec<Worker<bool>>,
+    /// Across resets, for a guest can reset as often as it likes.
+    log: Arc<Mutex<LogLimit>>,
+}
+
+impl Blk {
+    /// A device that shows `disk` to the guest. The disk may be shown again by a later machine.
+    pub fn new(disk: Arc<Disk>, options: &BlkOptions) -> Self {
+        let mut serial = [0; VIRTIO_BLK_ID_BYTES as usize];
+        for (to, from) in serial.iter_mut().zip(options.serial.iter().flat_map(|serial| serial.bytes())) {
+            *to = from;
+        }
+        Self { disk, number: options.number, serial, workers: Vec::new(), log: Arc::default() }
+    }
+
+    fn start(&self, queue: ActiveQueue, context: Context) -> io::Result<Worker<bool>> {
+        let name = format!("blk{}-q{}", self.number, queue.index);
+        let engine = ThreadPool::new(self.disk.clone(), DEFAULT_THREADS, &format!("{name}-io"))?;
+        let worker = QueueWorker::new(context, queue, Box::new(engine))?;
+        Worker::spawn(&name, move |stop| worker.run(&stop))
+    }
+}
+
+impl VirtioDevice for Blk {
+    fn device_type(&self) -> u32 {
+        VIRTIO_ID_BLOCK
+    }
+
+    fn features(&self) -> u64 {
+        let readonly = u64::from(self.disk.readonly()) << VIRTIO_BLK_F_RO;
+        readonly | 1 << VIRTIO_BLK_F_SEG_MAX | 1 << VIRTIO_BLK_F_BLK_SIZE | 1 << VIRTIO_BLK_F_FLUSH
+    }
+
+    fn queue_sizes(&self) -> &[u16] {
+        &QUEUE_SIZES
+    }
+
+    fn read_config(&self, offset: u64, data: &mut [u8]) {
+        let mut config = [0; CONFIG_BYTES];
+        config[0..8].copy_from_slice(&(self.disk.size() / SECTOR_SIZE).to_le_bytes());
+        config[12..16].copy_from_slice(&SEG_MAX.to_le_bytes());
+        config[20..24].copy_from_slice(&(SECTOR_SIZE as u32).to_le_bytes());
+        let from = usize::try_from(offset).ok().and_then(|offset| config.get(offset..)).unwrap_or_default();
+        data.fill(0);
+        for (to, from) in data.iter_mut().zip(from) {
+            *to = *from;
+        }
+    }
+
+    fn write_config(&mut self, _offset: u64, _data: &[u8]) {}
+
+    fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
+        let durable = activation.features & 1 << VIRTIO_BLK_F_FLUSH == 0;
+        let context = Context {
+            disk: self.disk.clone(),
+            rules: Rules { size: self.disk.size(), readonly: self.disk.readonly(), durable },
+            serial: self.serial,
+            memory: activation.memory,
+            interrupt: activation.interrupt,
+            log: self.log.clone(),
+        };
+        for queue in activation.queues {
+            match self.start(queue, context.clone()) {
+                Ok(worker) => self.workers.push(worker),
+                Err(source) => {
+                    self.reset();
+                    return Err(ActivateError { what: "starting a disk queue", source });
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Also flushes the disk if the guest wrote to it.
+    fn reset(&mut self) {
+        let mut wrote = false;
+        for worker in self.workers.drain(..) {
+            wrote |= worker.stop();
+        }
+        if wrote && let Err(error) = self.disk.flush() {
+            tracing::error!("disk {}: flushing failed, the last writes may be lost: {error}", self.disk.id());
+        }
+    }
+}
+
+impl Drop for Blk {
+    fn drop(&mut self) {
+        self.reset();
+    }
+}

@@ -1,0 +1,217 @@
+//! The thread of one virtio-blk queue: it alone takes requests, hands them to the engine, and answers them.
+
+use std::io;
+use std::mem;
+use std::os::fd::AsRawFd;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
+
+use block::disk::Disk;
+use block::engine::{Completion, Engine, Op, OpKind};
+use vm_memory::GuestMemoryMmap;
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+use vmm_sys_util::eventfd::EventFd;
+
+use super::Broken;
+use super::request::{Action, Request, Rules, Serial, Status};
+use crate::log_limit::LogLimit;
+use crate::virtio::device::{ActiveQueue, Interrupt};
+use crate::virtio::queue::{Chain, Virtqueue};
+
+/// Rounds with work after which the worker looks whether it is to stop, however busy the driver keeps it.
+const BUSY_ROUNDS: u32 = 64;
+
+/// Why the worker wakes: a notification or a completion.
+const WORK: u64 = 0;
+/// Why the worker wakes: it is to stop.
+const STOP: u64 = 1;
+
+/// What a worker needs besides its queue and its engine; the same for all queues of a disk.
+#[derive(Clone)]
+pub(super) struct Context {
+    pub(super) disk: Arc<Disk>,
+    pub(super) rules: Rules,
+    pub(super) serial: Serial,
+    pub(super) memory: Arc<GuestMemoryMmap>,
+    pub(super) interrupt: Arc<dyn Interrupt>,
+    pub(super) log: Arc<Mutex<LogLimit>>,
+}
+
+/// One queue at work.
+pub(super) struct QueueWorker {
+    context: Context,
+    index: u16,
+    queue: Virtqueue,
+    /// Registered in `epoll`, so it stays open as long.
+    _kick: EventFd,
+    engine: Box<dyn Engine>,
+    epoll: Epoll,
+    /// The requests in the engine, by descriptor head.
+    slots: Vec<Option<Request>>,
+    /// Scratch space and ops at rest, for their allocations to be used again.
+    chain: Chain,
+    completions: Vec<Completion>,
+    spare: Vec<Op>,
+    wrote: bool,
+}
+
+impl QueueWorker {
+    /// # Errors
+    /// When the host gives no epoll instance.
+    pub(super) fn new(context: Context, queue: ActiveQueue, engine: Box<dyn Engine>) -> io::Result<Self> {
+        let epoll = Epoll::new()?;
+        // Edge-triggered, so nobody need read the two: every write of them wakes, and waking is all they are for.
+        let edge = EventSet::IN | EventSet::EDGE_TRIGGERED;
+        watch(&epoll, &queue.kick, edge, WORK)?;
+        watch(&epoll, engine.completion_event(), edge, WORK)?;
+        let size = queue.queue.size();
+        Ok(Self {
+            context,
+            index: queue.index,
+            queue: queue.queue,
+            _kick: queue.kick,
+            engine,
+            epoll,
+            slots: (0..size).map(|_| None).collect(),
+            chain: Chain::default(),
+            completions: Vec::with_capacity(size.into()),
+            spare: Vec::with_capacity(size.into()),
+            wrote: false,
+        })
+    }
+
+    /// The body of the thread. Ends when `stop` is readable or the driver breaks the queue. What is in flight then is
+    /// waited for, but not answered: the rings are the driver's again. Returns whether the guest wrote to the disk.
+    pub(super) fn run(mut self, stop: &EventFd) -> bool {
+        if let Err(broken) = self.serve(stop) {
+            self.log(format_args!("queue {}: {broken}; it stops until the driver resets the device", self.index));
+            self.context.interrupt.needs_reset();
+        }
+        let mut completions = mem::take(&mut self.completions);
+        self.engine.drain(&mut completions);
+        for Completion { op, result, .. } in completions {
+            self.judge(&op, &result);
+        }
+        self.wrote
+    }
+
+    fn serve(&mut self, stop: &EventFd) -> Result<(), Broken> {
+        watch(&self.epoll, stop, EventSet::IN, STOP)?;
+        self.queue.disable_notification()?;
+        loop {
+            let mut busy = true;
+            for _ in 0..BUSY_ROUNDS {
+                busy = self.round()?;
+                if !busy {
+                    break;
+                }
+            }
+            // What became available before notifications were on will not be announced.
+            let awake = busy || self.queue.enable_notification()?;
+            if self.sleep(awake)? {
+                return Ok(());
+            }
+            self.queue.disable_notification()?;
+        }
+    }
+
+    /// Answers what is completed, starts what is available; `false` if there was neither.
+    fn round(&mut self) -> Result<bool, Broken> {
+        let completed = self.complete()?;
+        let (taken, refused) = self.take()?;
+        self.engine.submit();
+        if (completed || refused) && self.queue.needs_interrupt()? {
+            self.context.interrupt.queue(self.index);
+        }
+        Ok(completed || taken)
+    }
+
+    fn complete(&mut self) -> Result<bool, Broken> {
+        let mut completions = mem::take(&mut self.completions);
+        self.engine.reap(&mut completions);
+        let any = !completions.is_empty();
+        for Completion { tag, op, result } in completions.drain(..) {
+            let status = self.judge(&op, &result);
+            self.spare.push(op);
+            let request = self.slots.get_mut(usize::from(tag)).and_then(Option::take);
+            self.answer(request.expect("an engine completes each op once"), status)?;
+        }
+        self.completions = completions;
+        Ok(any)
+    }
+
+    /// Takes at most one ring's length of requests. Returns whether there were any, and whether some are answered already.
+    fn take(&mut self) -> Result<(bool, bool), Broken> {
+        let (mut taken, mut answered) = (false, false);
+        for _ in 0..self.queue.size() {
+            if !self.queue.pop(&mut self.chain)? {
+                break;
+            }
+            taken = true;
+            let head = self.chain.head;
+            if self.slots.get(usize::from(head)).is_none_or(Option::is_some) {
+                return Err(Broken::Repeated(head));
+            }
+            let mut op = self.spare.pop().unwrap_or_else(|| self.new_op());
+            let (mut request, action) =
+                Request::parse(&self.chain, &self.context.memory, &self.context.rules, &mut op.segments)?;
+            let status = match action {
+                Action::Transfer(kind, offset) => {
+                    (op.kind, op.offset) = (kind, offset);
+                    self.wrote |= matches!(kind, OpKind::Write { .. });
+                    self.slots[usize::from(head)] = Some(request);
+                    self.engine.push(op, head);
+                    continue;
+                }
+                Action::Identify => request.identify(&self.context.serial, &op.segments, &self.context.memory),
+                Action::Refuse(status) => status,
+            };
+            self.spare.push(op);
+            self.answer(request, status)?;
+            answered = true;
+        }
+        Ok((taken, answered))
+    }
+
+    fn new_op(&self) -> Op {
+        Op { kind: OpKind::Flush, offset: 0, segments: Vec::new(), memory: self.context.memory.clone() }
+    }
+
+    fn answer(&mut self, request: Request, status: Status) -> Result<(), Broken> {
+        let (head, written) = request.finish(status, &self.context.memory)?;
+        Ok(self.queue.push(head, written)?)
+    }
+
+    fn judge(&self, op: &Op, result: &io::Result<()>) -> Status {
+        let Err(error) = result else { return Status::Ok };
+        let name = match op.kind {
+            OpKind::Read => "reading",
+            OpKind::Write { .. } => "writing",
+            OpKind::Flush => "flushing",
+        };
+        self.log(format_args!("{name} at byte {} failed: {error}", op.offset));
+        Status::IoError
+    }
+
+    fn log(&self, line: std::fmt::Arguments<'_>) {
+        let mut limit = self.context.log.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(suppressed) = limit.allow(Instant::now()) {
+            let disk = self.context.disk.id();
+            tracing::warn!("disk {disk}: {line} ({suppressed} such lines not shown)");
+        }
+    }
+
+    /// Sleeps until there may be something to do, or not at all if `awake`; `true` if it is to stop.
+    fn sleep(&self, awake: bool) -> Result<bool, Broken> {
+        let mut events = [EpollEvent::default(); 3];
+        match self.epoll.wait(if awake { 0 } else { -1 }, &mut events) {
+            Ok(count) => Ok(events.iter().take(count).any(|event| event.data() == STOP)),
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => Ok(false),
+            Err(error) => Err(error.into()),
+        }
+    }
+}
+
+fn watch(epoll: &Epoll, event: &EventFd, set: EventSet, why: u64) -> io::Result<()> {
+    epoll.ctl(ControlOperation::Add, event.as_raw_fd(), EpollEvent::new(set, why))
+}
