@@ -204,3 +204,111 @@ fn lock_image(file: &File, path: &Path, readonly: bool) -> Result<(), DiskError>
     };
     Err(DiskError::Locked { path: path.into(), holder, remedy })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs::{self, Permissions};
+    use std::os::unix::fs::PermissionsExt;
+    use std::process::Command;
+
+    use tempfile::TempDir;
+
+    use crate::lock::tests::FORKING;
+
+    fn image(size: u64) -> (TempDir, PathBuf) {
+        let dir = TempDir::new().unwrap();
+        let path = dir.path().join("root.img");
+        File::create(&path).unwrap().set_len(size).unwrap();
+        (dir, path)
+    }
+
+    fn refusal(path: &Path, readonly: bool) -> String {
+        let error = Disk::open(path, readonly, "disk0").unwrap_err().to_string();
+        assert!(!error.contains('\n'), "one line: {error}");
+        assert!(error.contains(&format!("{path:?}")), "names the file: {error}");
+        error
+    }
+
+    /// Runs `test` as a user whom the permissions of files bind.
+    fn as_nobody(test: impl FnOnce() + Send) {
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                // For a user without rights it does nothing. It only concerns the thread that calls it.
+                #[expect(unsafe_code, reason = "root ignores permissions, and tests may run as root")]
+                // SAFETY: it takes and changes a number.
+                unsafe {
+                    libc::setfsuid(65534);
+                }
+                test();
+            });
+        });
+    }
+
+    #[test]
+    fn opens_without_changing_anything() {
+        let (_dir, path) = image(4096);
+        fs::write(&path, [7; 1024]).unwrap();
+        let before = fs::metadata(&path).unwrap();
+        let disk = Disk::open(&path, false, "disk0").unwrap();
+        assert_eq!((disk.size(), disk.readonly(), disk.id()), (1024, false, "disk0"));
+        drop(disk);
+        let after = fs::metadata(&path).unwrap();
+        assert_eq!(before.modified().unwrap(), after.modified().unwrap());
+        assert_eq!(fs::read(&path).unwrap(), [7; 1024]);
+    }
+
+    #[test]
+    fn refuses_what_is_no_image() {
+        let _alone = FORKING.lock();
+        let (dir, path) = image(0);
+        assert!(refusal(&path, false).contains("is empty"));
+        assert!(refusal(dir.path(), true).contains("is a directory"));
+        assert!(refusal(Path::new("/dev/null"), false).contains("is a character device"));
+        let missing = dir.path().join("missing");
+        assert!(refusal(&missing, false).contains("does not exist"));
+        assert!(!missing.exists());
+        let pipe = dir.path().join("pipe");
+        assert!(Command::new("mkfifo").arg(&pipe).status().unwrap().success());
+        assert!(refusal(&pipe, true).contains("is a pipe"));
+        assert!(refusal(&path.join("below"), true).contains("cannot be opened"));
+    }
+
+    #[test]
+    fn a_partial_sector_is_refused_with_the_size_that_would_do() {
+        let (_dir, path) = image(1025);
+        assert!(refusal(&path, true).contains("truncate -s 1536 "));
+        File::options().write(true).open(&path).unwrap().set_len(1536).unwrap();
+        assert_eq!(Disk::open(&path, true, "disk0").unwrap().size(), 1536);
+    }
+
+    #[test]
+    fn tells_unreadable_from_unwritable() {
+        let (dir, path) = image(512);
+        fs::set_permissions(dir.path(), Permissions::from_mode(0o755)).unwrap();
+        fs::set_permissions(&path, Permissions::from_mode(0o000)).unwrap();
+        as_nobody(|| {
+            assert!(refusal(&path, true).contains("cannot be read"));
+            assert!(refusal(&path, false).contains("cannot be read"));
+        });
+        fs::set_permissions(&path, Permissions::from_mode(0o444)).unwrap();
+        as_nobody(|| {
+            assert!(refusal(&path, false).contains("readonly=on"));
+            assert!(Disk::open(&path, true, "disk0").is_ok());
+        });
+    }
+
+    #[test]
+    fn an_image_has_one_writer_or_many_readers() {
+        let _alone = FORKING.lock();
+        let (_dir, path) = image(512);
+        let writer = Disk::open(&path, false, "disk0").unwrap();
+        assert!(refusal(&path, false).contains("locked by another disk of this VM"));
+        assert!(refusal(&path, true).contains("locked by another disk of this VM"));
+        drop(writer);
+        let readers = [(); 2].map(|()| Disk::open(&path, true, "disk0").unwrap());
+        assert!(refusal(&path, false).contains("locked"));
+        drop(readers);
+        Disk::open(&path, false, "disk0").unwrap();
+    }
+}

@@ -72,3 +72,8 @@ pub trait Engine: Send {
     /// the worker thread.
     fn drain(&mut self, completions: &mut Vec<Completion>);
 }
+
+#[cfg(test)]
+mod conformance;
+#[cfg(test)]
+mod faulty;
