@@ -85,7 +85,7 @@ impl VmBuilder<'_> {
         let mut buses = Buses::default();
         let serial = add_com1(&mut buses, &interrupts, console)?;
         self.add_board(&mut buses);
-        let power_button = self.power_button(&interrupts)?;
+        let power_button = power_button(&interrupts)?;
         let functions = self.add_pci(&mut buses, &layout, &memory, &interrupts)?;
 
         acpi::write(&memory, layout::ACPI_TABLES, &self.acpi_config(&layout))?;
@@ -154,12 +154,6 @@ impl VmBuilder<'_> {
         if let Some(port) = self.config.debug_exit {
             add(port, devices::debug_exit::PORTS, Arc::new(DebugExit::new(power)));
         }
-    }
-
-    fn power_button(&self, interrupts: &KvmInterrupts) -> anyhow::Result<PowerButton> {
-        let event = EventFd::new(EFD_NONBLOCK).context("no eventfd for the power button")?;
-        interrupts.attach_pin(gsi::POWER_BUTTON, &event).context("KVM_IRQFD for the power button")?;
-        Ok(PowerButton::new(event))
     }
 
     /// The root bus with every virtio device on it, BARs assigned.
@@ -255,6 +249,12 @@ fn add_com1(buses: &mut Buses, interrupts: &KvmInterrupts, console: &mut Console
     let serial = console.attach(interrupt).context("no eventfd for COM1")?;
     buses.pio.insert(u64::from(port::COM1), devices::serial::PORTS, serial.clone());
     Ok(serial)
+}
+
+fn power_button(interrupts: &KvmInterrupts) -> anyhow::Result<PowerButton> {
+    let event = EventFd::new(EFD_NONBLOCK).context("no eventfd for the power button")?;
+    interrupts.attach_pin(gsi::POWER_BUTTON, &event).context("KVM_IRQFD for the power button")?;
+    Ok(PowerButton::new(event))
 }
 
 fn create_vcpu(vm: &VmFd, id: u32, leaves: &CpuId) -> anyhow::Result<VcpuFd> {

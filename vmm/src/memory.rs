@@ -42,6 +42,12 @@ pub enum MemoryError {
 }
 
 /// Maps the RAM `ranges` as `config` asks. The pages are zero and not touched yet, unless `prefault` is on.
+///
+/// # Errors
+/// If the host has not that much memory to give, or not of that kind.
+///
+/// # Panics
+/// If `ranges` overlap or are not ascending: the layout is ours.
 pub fn map(config: &MemoryConfig, ranges: &[Range<u64>]) -> Result<Arc<GuestMemoryMmap>, MemoryError> {
     let failed = |source| MemoryError::Map {
         size: config.size,

@@ -17,7 +17,8 @@ use crate::virtio::queue::{Chain, QueueLayout};
 const WINDOW: u64 = 0xc000_0000;
 const WINDOW_SIZE: u64 = 0x2000_0000;
 const GSI: u32 = 30;
-const SLOT: u64 = 4;
+/// The first device behind the host bridge.
+const SLOT: u64 = 1;
 const VERSION_1: u64 = 1 << 32;
 const EVENT_IDX: u64 = 1 << 29;
 const INDIRECT_DESC: u64 = 1 << 28;
@@ -126,8 +127,7 @@ impl Guest {
         let device = Box::new(Device(Arc::clone(&seen)));
         let doorbells: Arc<DoorbellTable> = doorbells;
         let device = VirtioPci::new(device, memory.clone(), GSI, msi.clone(), doorbells.clone(), ioeventfd).unwrap();
-        let mut root = PciRoot::default();
-        root.add(SLOT as u8, device.clone());
+        let root = PciRoot::new(vec![device.clone()]).unwrap();
         root.assign_bars(WINDOW..WINDOW + WINDOW_SIZE, 0..0).unwrap();
         let root = Arc::new(root);
         let mut guest = Self {
