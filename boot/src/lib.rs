@@ -116,6 +116,7 @@ pub struct Loaded {
 /// # Panics
 /// If `request.e820` has more than [`e820::MAX_ENTRIES`] entries.
 pub fn load(memory: &GuestMemoryMmap, request: &Request) -> Result<Loaded, BootError> {
+    assert!(request.e820.len() <= e820::MAX_ENTRIES, "a memory map longer than the zero page can hold");
     check_low_memory(memory)?;
     let kernel = kernel::load(memory, request)?;
     cmdline::write(memory, request.cmdline, kernel.cmdline_max)?;
