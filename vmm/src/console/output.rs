@@ -328,19 +328,27 @@ mod tests {
 
     #[test]
     fn a_full_buffer_holds_back_until_there_is_room() {
+        const MORE: usize = 100;
         let (output, allow, written) = scripted();
         let line = output.line();
         put_all(&line, &vec![b'.'; CAPACITY]);
         thread::scope(|scope| {
-            let vcpu = scope.spawn(|| line.put(b'!'));
-            allow.send(Ok(1)).unwrap();
+            let vcpu = scope.spawn(|| {
+                for _ in 0..MORE {
+                    line.put(b'!');
+                    assert!(output.state().bytes.len() <= CAPACITY);
+                }
+            });
+            for _ in 0..MORE {
+                allow.send(Ok(1)).unwrap();
+            }
             vcpu.join().unwrap();
         });
         for _ in 0..=CAPACITY.div_ceil(CHUNK) {
             allow.send(Ok(usize::MAX)).unwrap();
         }
         output.finish();
-        let all = receive(&written, CAPACITY + 1);
+        let all = receive(&written, CAPACITY + MORE);
         assert_eq!(all.iter().position(|byte| *byte == b'!'), Some(CAPACITY));
     }
 

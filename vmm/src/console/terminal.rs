@@ -167,7 +167,7 @@ pub(super) mod tests {
         let before = stty(&name);
         make_raw(terminal.as_fd()).unwrap();
         let raw = stty(&name);
-        for setting in ["-icanon", "-echo", "-isig", "-iexten", "-icrnl", "-ixon", " opost"] {
+        for setting in ["-icanon", "-echo", "-isig", "-iexten", "-icrnl", "-ixon", "\nopost"] {
             assert!(raw.contains(setting), "{setting} in {raw}");
         }
         restore();
