@@ -2,8 +2,8 @@
 //! `console`, which alone writes to the sink and may block there.
 //!
 //! The writer takes all there is at once and then lets bytes gather for a moment, so a burst costs few system calls
-//! while a single byte goes out without delay. A vCPU never makes a system call for the sink; when the buffer is full it
-//! waits, as for a slow UART, until there is room or its machine stops.
+//! while a single byte goes out without delay. A vCPU never makes a system call for the sink; when the buffer is full
+//! it waits, as for a slow UART, until there is room or its machine stops.
 
 use std::collections::VecDeque;
 use std::fs::File;
@@ -208,8 +208,8 @@ impl Output {
         self.taken.notify_all();
     }
 
-    /// Waits for bytes and copies them. False when it is time to end. They stay in the buffer until they are written, so
-    /// that its length is what is not yet written.
+    /// Waits for bytes and copies them. False when it is time to end. They stay in the buffer until they are written,
+    /// so that its length is what is not yet written.
     fn next_chunk(&self, chunk: &mut Vec<u8>) -> bool {
         let mut state = self.state();
         while state.bytes.is_empty() || state.writer == Writer::Detached {
