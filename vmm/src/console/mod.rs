@@ -2,7 +2,7 @@
 //!
 //! The console outlives the machine: after a reset by the guest, [`Console::attach`] makes the serial port of the next
 //! one. The main thread owns it and runs its input as an event subscriber; output has a thread of its own
-//! ([`output`]). Neither the guest nor whoever is at the other end can make the main thread wait.
+//! (`output.rs`). Neither the guest nor whoever is at the other end can make the main thread wait.
 
 mod escape;
 mod output;
@@ -64,8 +64,8 @@ pub enum ConsoleAction {
     PowerButton,
 }
 
-/// The other end of the serial line. An event subscriber for the main thread; remove it from the event manager before it
-/// is dropped.
+/// The other end of the serial line. An event subscriber for the main thread; remove it from the event manager before
+/// it is dropped.
 pub struct Console {
     input: Input,
     /// Escape keys are looked for: the input is a terminal.
@@ -102,8 +102,8 @@ enum Got {
 
 impl Console {
     /// Opens what `config` names. If standard input is a terminal, and ours to read, it is raw from now on and escape
-    /// keys are looked for; `on_action` is called for them on the main thread, inside the console's event handler (so it
-    /// must not lock the console).
+    /// keys are looked for; `on_action` is called for them on the main thread, inside the console's event handler (so
+    /// it must not lock the console).
     ///
     /// # Errors
     /// One line that names the option, the path and the remedy.
@@ -181,8 +181,8 @@ impl Console {
     }
 
     /// The end of the VM: writes out what the guest printed (a sink that takes nothing is given up after two seconds),
-    /// discards what comes later, restores the terminal, and removes the socket. The vCPUs no longer run, and the console
-    /// is no longer subscribed. Dropping the console does the same.
+    /// discards what comes later, restores the terminal, and removes the socket. The vCPUs no longer run, and the
+    /// console is no longer subscribed. Dropping the console does the same.
     pub fn finish(&mut self) {
         self.output.finish();
         if self.escape.is_some() {

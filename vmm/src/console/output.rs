@@ -2,8 +2,8 @@
 //! `console`, which alone writes to the sink and may block there.
 //!
 //! The writer takes all there is at once and then lets bytes gather for a moment, so a burst costs few system calls
-//! while a single byte goes out without delay. A vCPU never makes a system call for the sink; when the buffer is full it
-//! waits, as for a slow UART, until there is room or its machine stops.
+//! while a single byte goes out without delay. A vCPU never makes a system call for the sink; when the buffer is full
+//! it waits, as for a slow UART, until there is room or its machine stops.
 
 use std::collections::VecDeque;
 use std::fs::File;
@@ -208,8 +208,8 @@ impl Output {
         self.taken.notify_all();
     }
 
-    /// Waits for bytes and copies them. False when it is time to end. They stay in the buffer until they are written, so
-    /// that its length is what is not yet written.
+    /// Waits for bytes and copies them. False when it is time to end. They stay in the buffer until they are written,
+    /// so that its length is what is not yet written.
     fn next_chunk(&self, chunk: &mut Vec<u8>) -> bool {
         let mut state = self.state();
         while state.bytes.is_empty() || state.writer == Writer::Detached {
@@ -328,19 +328,27 @@ mod tests {
 
     #[test]
     fn a_full_buffer_holds_back_until_there_is_room() {
+        const MORE: usize = 100;
         let (output, allow, written) = scripted();
         let line = output.line();
         put_all(&line, &vec![b'.'; CAPACITY]);
         thread::scope(|scope| {
-            let vcpu = scope.spawn(|| line.put(b'!'));
-            allow.send(Ok(1)).unwrap();
+            let vcpu = scope.spawn(|| {
+                for _ in 0..MORE {
+                    line.put(b'!');
+                    assert!(output.state().bytes.len() <= CAPACITY);
+                }
+            });
+            for _ in 0..MORE {
+                allow.send(Ok(1)).unwrap();
+            }
             vcpu.join().unwrap();
         });
         for _ in 0..=CAPACITY.div_ceil(CHUNK) {
             allow.send(Ok(usize::MAX)).unwrap();
         }
         output.finish();
-        let all = receive(&written, CAPACITY + 1);
+        let all = receive(&written, CAPACITY + MORE);
         assert_eq!(all.iter().position(|byte| *byte == b'!'), Some(CAPACITY));
     }
 

@@ -60,7 +60,8 @@ impl Socket {
         &self.client
     }
 
-    /// Accepts whoever waits. The first becomes the client and is returned; the others find the line busy and are closed.
+    /// Accepts whoever waits. The first becomes the client and is returned; the others find the line busy and are
+    /// closed.
     pub(super) fn accept(&self) -> Option<Arc<UnixStream>> {
         let mut accepted = None;
         while let Ok((stream, _)) = self.listener.accept() {

@@ -44,10 +44,10 @@ pub(super) fn make_raw(fd: BorrowedFd) -> io::Result<()> {
     set_attributes(fd, &raw)
 }
 
-/// Restores the terminal as it was before [`make_raw`]. Harmless if there is nothing to restore. Safe to call from
-/// anywhere but a signal handler, a panic hook included.
+/// Restores the terminal as it was before the console made it raw. Harmless if there is nothing to restore. Safe to call
+/// from anywhere but a signal handler, a panic hook included.
 ///
-/// Whoever ends the process by a way that runs neither destructors nor exit handlers (`_exit`, `abort`) calls it before.
+/// Whoever ends the process in a way that runs neither destructors nor exit handlers (`_exit`, `abort`) calls it first.
 pub fn restore() {
     // try_lock: this may be a panic while the lock is held.
     if let Ok(Some((fd, saved))) = SAVED.try_lock().map(|mut slot| slot.take()) {
@@ -86,16 +86,16 @@ fn set_attributes(fd: BorrowedFd, attributes: &libc::termios) -> io::Result<()> 
     check(unsafe { libc::tcsetattr(fd.as_raw_fd(), libc::TCSANOW, attributes) })
 }
 
-/// Whether reading from the terminal `fd` or changing it would not stop this process: it is in the terminal's foreground
-/// process group, or the terminal does not control this process at all.
+/// Whether reading from the terminal `fd` or changing it would not stop this process: it is in the terminal's
+/// foreground process group, or the terminal does not control this process at all.
 pub(super) fn in_foreground(fd: BorrowedFd) -> bool {
     // SAFETY: both calls take and return plain numbers.
     let (foreground, ours) = unsafe { (libc::tcgetpgrp(fd.as_raw_fd()), libc::getpgrp()) };
     foreground == -1 || foreground == ours
 }
 
-/// Opens a new pseudoterminal in raw mode and returns its master (non-blocking) and the name of its slave. Nobody has the
-/// slave open then, which [`poll`] shows as `POLLHUP` of the master.
+/// Opens a new pseudoterminal in raw mode and returns its master (non-blocking) and the name of its slave. Nobody has
+/// the slave open then, which [`poll`] shows as `POLLHUP` of the master.
 pub(super) fn open_pty() -> io::Result<(File, PathBuf)> {
     // SAFETY: posix_openpt takes flags and returns a descriptor, which is nobody else's.
     let master = unsafe {
@@ -167,7 +167,7 @@ pub(super) mod tests {
         let before = stty(&name);
         make_raw(terminal.as_fd()).unwrap();
         let raw = stty(&name);
-        for setting in ["-icanon", "-echo", "-isig", "-iexten", "-icrnl", "-ixon", " opost"] {
+        for setting in ["-icanon", "-echo", "-isig", "-iexten", "-icrnl", "-ixon", "\nopost"] {
             assert!(raw.contains(setting), "{setting} in {raw}");
         }
         restore();

@@ -137,16 +137,18 @@ fn a_terminal_is_raw_meanwhile_and_has_escape_keys() {
     let sane = std::process::Command::new("stty").arg("-F").arg(&name).args(["sane"]).status().unwrap();
     assert!(sane.success());
     let before = terminal::tests::stty(&name);
-    let mut rig = Rig::new(&SerialConfig::None, Some(open_terminal(&name)));
+    let screen = tempfile::NamedTempFile::new().unwrap();
+    let mut rig = Rig::new(&SerialConfig::File(screen.path().to_owned()), Some(open_terminal(&name)));
     assert_ne!(terminal::tests::stty(&name), before);
     rig.open_port();
     keyboard.write_all(b"a\x03\x01pb\x01").unwrap();
     assert_eq!(rig.receive(3), b"a\x03b");
-    keyboard.write_all(b"x\x01\x01").unwrap();
+    keyboard.write_all(b"x\x01h\x01\x01").unwrap();
     assert_eq!(rig.receive(1), b"\x01");
     assert_eq!(*rig.actions.lock().unwrap(), [ConsoleAction::PowerButton, ConsoleAction::Quit]);
     rig.finish();
     assert_eq!(terminal::tests::stty(&name), before);
+    assert!(fs::read_to_string(screen.path()).unwrap().contains("Ctrl-A x"));
 }
 
 #[test]
