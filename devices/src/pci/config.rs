@@ -290,7 +290,7 @@ mod tests {
             bars.base(index)
         };
         config.write(0x04, &[2]);
-        assert_eq!(at(&config, 0), None, "no address");
+        assert_eq!((at(&config, 0), config.decoded(0)), (None, None), "no address");
         config.write(0x10, &0xc012_ffff_u32.to_le_bytes());
         assert_eq!(at(&config, 0), Some(0xc012_0000));
         config.write(0x14, &[0x34, 0x12]);

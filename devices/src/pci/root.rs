@@ -15,7 +15,8 @@ pub const SLOTS: u8 = 32;
 
 /// One PCI function. Called on vCPU threads, several at once.
 pub trait PciDevice: Send + Sync {
-    /// Reads configuration space. `offset` is below 4096; any offset and length may come from a guest.
+    /// Reads configuration space. `offset` is below 4096, but the access may reach past it: there and where the function has
+    /// no space, bytes are ones.
     fn config_read(&self, offset: u16, data: &mut [u8]);
 
     /// Writes configuration space. On return [`PciDevice::bars`] tells the new addresses.
@@ -201,30 +202,25 @@ impl Ecam {
         Self { root }
     }
 
-    /// `None` if the access would cross into the next function.
-    fn target(offset: u64, len: usize) -> Option<(FunctionAddress, u16)> {
+    fn target(offset: u64) -> (FunctionAddress, u16) {
         let function = FunctionAddress {
             bus: (offset >> 20) as u8,
             slot: (offset >> 15) as u8 & 0x1f,
             function: (offset >> 12) as u8 & 7,
         };
-        let register = offset & 0xfff;
-        (register + len as u64 <= 0x1000).then_some((function, register as u16))
+        (function, offset as u16 & 0xfff)
     }
 }
 
 impl BusDevice for Ecam {
     fn read(&self, offset: u64, data: &mut [u8]) {
-        match Self::target(offset, data.len()) {
-            Some((function, register)) => self.root.config_read(function, register, data),
-            None => data.fill(0xff),
-        }
+        let (function, register) = Self::target(offset);
+        self.root.config_read(function, register, data);
     }
 
     fn write(&self, offset: u64, data: &[u8]) {
-        if let Some((function, register)) = Self::target(offset, data.len()) {
-            self.root.config_write(function, register, data);
-        }
+        let (function, register) = Self::target(offset);
+        self.root.config_write(function, register, data);
     }
 }
 
@@ -389,6 +385,9 @@ mod tests {
         let mut byte = [0];
         ports.read(7, &mut byte);
         assert_eq!(byte, [0xc0]);
+        let mut across = [0; 4];
+        ecam.read((4 << 15) - 2, &mut across);
+        assert_eq!(across, [0xff; 4], "not into the next function");
         // Another bus, another function.
         for address in [1 << 31 | 1 << 16, 1 << 31 | 3 << 11 | 1 << 8] {
             write32(&ports, 0, address);
