@@ -1,5 +1,5 @@
-//! The root bus: 32 slots of one function each, the host bridge in slot 0, and the three ways a guest reaches them. Built
-//! once; afterwards every vCPU thread looks up without a lock, and a function locks what it must.
+//! The root bus: 32 slots of one function each, the host bridge in slot 0, and the three ways a guest reaches them.
+//! Built once; afterwards every vCPU thread looks up without a lock, and a function locks what it must.
 
 use std::ops::Range;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -15,8 +15,8 @@ pub const SLOTS: u8 = 32;
 
 /// One PCI function. Called on vCPU threads, several at once.
 pub trait PciDevice: Send + Sync {
-    /// Reads configuration space. `offset` is below 4096, but the access may reach past it: there and where the function has
-    /// no space, bytes are ones.
+    /// Reads configuration space. `offset` is below 4096, but the access may reach past it: there and where the
+    /// function has no space, bytes are ones.
     fn config_read(&self, offset: u16, data: &mut [u8]);
 
     /// Writes configuration space. On return [`PciDevice::bars`] tells the new addresses.
@@ -68,8 +68,8 @@ impl PciRoot {
         *place = Some(device);
     }
 
-    /// Gives every BAR an address, as firmware does: naturally aligned, in `low` (below 4 GiB) while there is room, else in
-    /// `high` if the BAR is 64 bits wide. Memory decoding is left off; drivers enable it.
+    /// Gives every BAR an address, as firmware does: naturally aligned, in `low` (below 4 GiB) while there is room,
+    /// else in `high` if the BAR is 64 bits wide. Memory decoding is left off; drivers enable it.
     ///
     /// # Errors
     /// [`NoRoom`] if a BAR fits nowhere.
@@ -142,8 +142,8 @@ struct FunctionAddress {
 
 /// Configuration mechanism #1 (PCI Local Bus 3.0, 3.2.2.3.2): the 8 ports from 0xCF8.
 ///
-/// Only a dword access to the first port reaches the address register; narrower ones belong to other devices that a PC has
-/// there (0xCF9) and that this machine has not.
+/// Only a dword access to the first port reaches the address register; narrower ones belong to other devices that a PC
+/// has there (0xCF9) and that this machine has not.
 pub struct ConfigPorts {
     root: Arc<PciRoot>,
     address: AtomicU32,
@@ -155,7 +155,8 @@ impl ConfigPorts {
         Self { root, address: AtomicU32::new(0) }
     }
 
-    /// The function and register that an access to data port `port` (4 to 7) means; `None` while the enable bit is clear.
+    /// The function and register that an access to data port `port` (4 to 7) means; `None` while the enable bit is
+    /// clear.
     fn target(&self, port: u64) -> Option<(FunctionAddress, u16)> {
         let address = self.address.load(Ordering::Acquire);
         let function = FunctionAddress {
@@ -483,7 +484,10 @@ mod tests {
         /// Any access by any way is survived, and the two mechanisms agree afterwards.
         #[test]
         fn noise_is_harmless(
-            steps in prop::collection::vec((0_u8..3, any::<u32>(), prop::collection::vec(any::<u8>(), 1..9), any::<bool>()), 1..60),
+            steps in prop::collection::vec(
+                (0_u8..3, any::<u32>(), prop::collection::vec(any::<u8>(), 1..9), any::<bool>()),
+                1..60,
+            ),
         ) {
             let root = root(&[(1, Probe::new([0x1000, 0x1000]))]);
             let (ports, ecam) = (ConfigPorts::new(root.clone()), Ecam::new(root.clone()));

@@ -1,5 +1,5 @@
-//! The doorbells of a virtio PCI function as ioeventfds (virtio 1.2, 4.1.4.4). Changed on vCPU threads under the lock of the
-//! function's configuration space.
+//! The doorbells of a virtio PCI function as ioeventfds (virtio 1.2, 4.1.4.4). Changed on vCPU threads under the lock
+//! of the function's configuration space.
 
 use std::io;
 use std::sync::Arc;

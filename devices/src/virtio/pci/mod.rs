@@ -1,5 +1,5 @@
-//! The PCI transport of a virtio 1.2 device (4.1), without the legacy interface. Accesses come from vCPU threads; doorbells
-//! and interrupts are eventfds and pass without a lock.
+//! The PCI transport of a virtio 1.2 device (4.1), without the legacy interface. Accesses come from vCPU threads;
+//! doorbells and interrupts are eventfds and pass without a lock.
 
 mod common;
 mod doorbells;
@@ -65,8 +65,8 @@ pub struct VirtioPci {
 }
 
 impl VirtioPci {
-    /// Puts `device` behind a PCI function whose MSI-X vectors have the GSIs from `first_gsi` up, one for the configuration
-    /// and one a queue. With `ioeventfd` off, notifications exit to [`PciDevice::bar_write`].
+    /// Puts `device` behind a PCI function whose MSI-X vectors have the GSIs from `first_gsi` up, one for the
+    /// configuration and one a queue. With `ioeventfd` off, notifications exit to [`PciDevice::bar_write`].
     ///
     /// # Errors
     /// If the host gives no eventfds, or the device has more queues than MSI-X vectors exist.
@@ -108,8 +108,8 @@ impl VirtioPci {
         self.vectors
     }
 
-    /// Back to the state after power-on, as a reset of the bus does: on return nothing of the device runs, and the function
-    /// has no address and no pending interrupt. For the end and for a restart of the machine.
+    /// Back to the state after power-on, as a reset of the bus does: on return nothing of the device runs, and the
+    /// function has no address and no pending interrupt. For the end and for a restart of the machine.
     pub fn reset(&self) {
         self.transport().reset();
         let mut function = self.function();
@@ -123,8 +123,9 @@ impl VirtioPci {
         self.bars.follow(&function.config);
         let control = function.config.dword(function.msix_cap) >> 16;
         let enabled = control & MSIX_ENABLE != 0;
-        function.msix.set_control(enabled, control & MSIX_MASK != 0);
+        // First: what is raised from now on goes where the driver will look for it.
         self.signals.set_msix_enabled(enabled);
+        function.msix.set_control(enabled, control & MSIX_MASK != 0);
         function.doorbells.place(self.bars.base(0).map(|base| base + layout::NOTIFY));
     }
 

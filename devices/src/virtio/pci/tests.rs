@@ -708,8 +708,8 @@ fn a_reset_of_the_function_is_power_on() {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(64))]
 
-    /// A hostile guest: any accesses to configuration space and BAR 0, biased to the registers that matter. It is survived,
-    /// doorbells are where the BAR is, and a reset brings a device that works.
+    /// A hostile guest: any accesses to configuration space and BAR 0, biased to the registers that matter. It is
+    /// survived, doorbells are where the BAR is, and a reset brings a device that works.
     #[test]
     fn noise_is_harmless(
         steps in prop::collection::vec(
@@ -730,9 +730,9 @@ proptest! {
             match (kind, write) {
                 (0..2, true) => guest.config_write(offset, &data),
                 (0..2, false) => guest.ecam.read(SLOT << 15 | offset, &mut data),
-                (_, true) if offset + (data.len() as u64) <= layout::SIZE => guest.device.bar_write(0, offset, &data),
-                (_, false) if offset + (data.len() as u64) <= layout::SIZE => guest.device.bar_read(0, offset, &mut data),
-                _ => {}
+                _ if offset + data.len() as u64 > layout::SIZE => {}
+                (_, true) => guest.device.bar_write(0, offset, &data),
+                (_, false) => guest.device.bar_read(0, offset, &mut data),
             }
             let attached = guest.doorbells.attached.lock().unwrap();
             let base = guest.device.bars().base(0).map(|base| base + layout::NOTIFY);
