@@ -165,8 +165,8 @@ impl Shared {
         self.state.lock().expect(POISONED)
     }
 
-    /// Brings one more thread to the FIFO, unless one is on its way. Each that comes does the same, so the owner pays for
-    /// one wake-up however long its batch is.
+    /// Brings one more thread to the FIFO, unless one is on its way. Each that comes does the same, so the owner pays
+    /// for one wake-up however long its batch is.
     fn wake(self: &Arc<Self>, state: &mut State) {
         if state.fifo.is_empty() || state.waking {
             return;

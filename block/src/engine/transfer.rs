@@ -34,7 +34,7 @@ pub(super) trait Image: Send + Sync {
 impl Image for Disk {
     unsafe fn read_at(&self, buffers: &[iovec], offset: u64) -> io::Result<usize> {
         let (count, offset) = (to_count(buffers), to_off_t(offset)?);
-        // SAFETY: the descriptor is open, the array has `count` elements, and the caller vouches for what they point to.
+        // SAFETY: the descriptor is open, the array has `count` elements, and the caller vouches for their targets.
         done(unsafe { libc::preadv(self.file().as_raw_fd(), buffers.as_ptr(), count, offset) })
     }
 
@@ -185,7 +185,7 @@ mod tests {
         #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
 
         #[test]
-        fn short_transfers_are_continued(shorts in prop::collection::vec(1_usize..1500, 0..20), start in 0_usize..3000) {
+        fn short_transfers_go_on(shorts in prop::collection::vec(1_usize..1500, 0..20), start in 0..3000_usize) {
             let (_dir, path, disk) = disk(16384);
             let content: Vec<u8> = (0..16384_usize).map(|n| (n % 253) as u8).collect();
             fs::write(&path, &content).unwrap();
