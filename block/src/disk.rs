@@ -20,20 +20,20 @@ pub enum DiskError {
     #[error("disk image {0:?} does not exist: check the path, or create it with: truncate -s 8G {0:?}")]
     Missing(PathBuf),
     /// The host lets us not even read.
-    #[error("disk image {path:?} cannot be read ({source}): check its permissions and those of its directories")]
+    #[error("disk image {path:?} cannot be read ({error}): check its permissions and those of its directories")]
     Unreadable {
         /// The image.
         path: PathBuf,
         /// What the host said.
-        source: io::Error,
+        error: io::Error,
     },
     /// Reading is allowed, writing is not.
-    #[error("disk image {path:?} can be read but not written ({source}): add readonly=on, or permit writing to it")]
+    #[error("disk image {path:?} can be read but not written ({error}): add readonly=on, or permit writing to it")]
     Unwritable {
         /// The image.
         path: PathBuf,
         /// What the host said.
-        source: io::Error,
+        error: io::Error,
     },
     /// A directory, a pipe, a character device, a socket.
     #[error("disk image {path:?} is a {found}: name a raw image file or a block device")]
@@ -70,20 +70,20 @@ pub enum DiskError {
         remedy: &'static str,
     },
     /// The filesystem does not do locks.
-    #[error("disk image {path:?} cannot be locked ({source}): move it to a filesystem with file locks")]
+    #[error("disk image {path:?} cannot be locked ({error}): move it to a filesystem with file locks")]
     Unlockable {
         /// The image.
         path: PathBuf,
         /// What the host said.
-        source: io::Error,
+        error: io::Error,
     },
     /// Any other refusal of the host.
-    #[error("disk image {path:?} cannot be opened: {source}")]
+    #[error("disk image {path:?} cannot be opened: {error}")]
     Io {
         /// The image.
         path: PathBuf,
         /// What the host said.
-        source: io::Error,
+        error: io::Error,
     },
 }
 
@@ -103,7 +103,7 @@ impl Disk {
     /// [`DiskError`] says which of its reasons it is.
     pub fn open(path: &Path, readonly: bool, id: &str) -> Result<Self, DiskError> {
         let file = open_file(path, readonly)?;
-        let size = image_size(&file).map_err(|source| DiskError::Io { path: path.into(), source })?;
+        let size = image_size(&file).map_err(|error| DiskError::Io { path: path.into(), error })?;
         if size == 0 {
             return Err(DiskError::Empty(path.into()));
         }
@@ -142,10 +142,10 @@ impl Disk {
 }
 
 fn open_file(path: &Path, readonly: bool) -> Result<File, DiskError> {
-    let failed = |source: io::Error| match source.kind() {
+    let failed = |error: io::Error| match error.kind() {
         ErrorKind::NotFound => DiskError::Missing(path.into()),
-        ErrorKind::PermissionDenied => DiskError::Unreadable { path: path.into(), source },
-        _ => DiskError::Io { path: path.into(), source },
+        ErrorKind::PermissionDenied => DiskError::Unreadable { path: path.into(), error },
+        _ => DiskError::Io { path: path.into(), error },
     };
     // Before opening: a pipe would wait for its other end, and a character device may act on being opened.
     let kind = path.metadata().map_err(failed)?.file_type();
@@ -154,13 +154,13 @@ fn open_file(path: &Path, readonly: bool) -> Result<File, DiskError> {
     }
     match OpenOptions::new().read(true).write(!readonly).open(path) {
         Ok(file) => Ok(file),
-        Err(source) if !readonly && File::open(path).is_ok() => match source.kind() {
+        Err(error) if !readonly && File::open(path).is_ok() => match error.kind() {
             ErrorKind::PermissionDenied | ErrorKind::ReadOnlyFilesystem => {
-                Err(DiskError::Unwritable { path: path.into(), source })
+                Err(DiskError::Unwritable { path: path.into(), error })
             }
-            _ => Err(DiskError::Io { path: path.into(), source }),
+            _ => Err(DiskError::Io { path: path.into(), error }),
         },
-        Err(source) => Err(failed(source)),
+        Err(error) => Err(failed(error)),
     }
 }
 
@@ -187,7 +187,7 @@ fn lock_image(file: &File, path: &Path, readonly: bool) -> Result<(), DiskError>
     match lock::try_lock(file, !readonly) {
         Ok(true) => return Ok(()),
         Ok(false) => {}
-        Err(source) => return Err(DiskError::Unlockable { path: path.into(), source }),
+        Err(error) => return Err(DiskError::Unlockable { path: path.into(), error }),
     }
     let (holder, remedy) = match lock::find_holder(file) {
         Some(holder) if holder.pid == std::process::id() => {

@@ -25,7 +25,7 @@ use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use crate::config::{BootProtocol, VmConfig};
+use crate::config::{BootProtocol, VmConfig, format_size};
 use crate::console::Console;
 use crate::cpuid::{self, Topology};
 use crate::exit::{ExitLine, ExitReason};
@@ -74,8 +74,8 @@ impl VmBuilder<'_> {
         let supported =
             self.kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).context("KVM does not tell its CPUID leaves")?;
         let layout = Layout::new(self.config.memory.size, cpuid::address_bits(&supported)).with_context(|| {
-            let (size, bits) = (self.config.memory.size >> 20, cpuid::address_bits(&supported));
-            format!("--memory {size}M: this CPU's guests address {bits} bits of memory; give the guest less")
+            let (size, bits) = (format_size(self.config.memory.size), cpuid::address_bits(&supported));
+            format!("--memory {size}: this CPU's guests address {bits} bits of memory; give the guest less")
         })?;
         let (vm, extended_destination) = self.create_vm()?;
         let memory = memory::map(&self.config.memory, &layout.ram)?;
@@ -236,7 +236,7 @@ impl VmBuilder<'_> {
                 (Subject::Initrd, Some(path)) => format!("--initrd {}", named(path)),
                 (Subject::Initrd, None) => "--initrd".into(),
                 (Subject::Cmdline, _) => "--cmdline".into(),
-                (Subject::Memory, _) => format!("--memory {}M", self.config.memory.size >> 20),
+                (Subject::Memory, _) => format!("--memory {}", format_size(self.config.memory.size)),
             };
             anyhow::Error::new(error).context(subject)
         })

@@ -3,7 +3,7 @@
 
 use std::cell::RefCell;
 use std::fs::File;
-use std::io::Read;
+use std::io::{ErrorKind, Read};
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
@@ -48,7 +48,7 @@ impl Resources {
             .iter()
             .map(|disk| {
                 let opened = Disk::open(&disk.path, disk.readonly, &disk.id);
-                opened.map(Arc::new).with_context(|| format!("--disk path={}", disk.path.display()))
+                opened.map(Arc::new).context("--disk")
             })
             .collect::<anyhow::Result<_>>()?;
         Ok(Self { kernel, initrd, disks })
@@ -56,7 +56,17 @@ impl Resources {
 }
 
 fn open(option: &str, path: &Path) -> anyhow::Result<File> {
-    File::open(path).with_context(|| format!("{option} {}", path.display()))
+    File::open(path).map_err(|error| {
+        let remedy = match error.kind() {
+            ErrorKind::NotFound => "no such file; check the path".to_owned(),
+            ErrorKind::PermissionDenied => {
+                "permission denied; make the file readable for you (Debian's kernels are root's: copy one, or use sudo)"
+                    .to_owned()
+            }
+            _ => format!("cannot be opened: {error}"),
+        };
+        anyhow::anyhow!("{option} {}: {remedy}", path.display())
+    })
 }
 
 /// Runs the machine that `config` describes until it ends for good, and says how it ended.

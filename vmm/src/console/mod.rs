@@ -39,12 +39,12 @@ const READS_PER_TURN: usize = 16;
 #[derive(Debug, Error)]
 #[expect(missing_docs, reason = "the messages say it")]
 pub enum ConsoleError {
-    #[error("--serial file={path}: cannot create the file: {source}; name a file in a directory you may write")]
-    File { path: PathBuf, source: io::Error },
+    #[error("--serial file={path}: cannot create the file: {error}; name a file in a directory you may write")]
+    File { path: PathBuf, error: io::Error },
     #[error("--serial pty: cannot open a pseudoterminal: {0}; is /dev/pts mounted?")]
     Pty(io::Error),
-    #[error("--serial socket={path}: cannot listen: {source}; name another path")]
-    Socket { path: PathBuf, source: io::Error },
+    #[error("--serial socket={path}: cannot listen: {error}; name another path")]
+    Socket { path: PathBuf, error: io::Error },
     #[error("--serial socket={0}: another process listens there; name another path")]
     SocketInUse(PathBuf),
     #[error("--serial socket={0}: the path exists and is not a socket; remove it or name another path")]
@@ -119,7 +119,7 @@ impl Console {
                 (Input::Nowhere, start(File::from(stdout), "standard output")?)
             }
             SerialConfig::File(path) => {
-                let file = File::create(path).map_err(|source| ConsoleError::File { path: path.clone(), source })?;
+                let file = File::create(path).map_err(|error| ConsoleError::File { path: path.clone(), error })?;
                 (Input::Nowhere, start(file, &path.display().to_string())?)
             }
             SerialConfig::Pty => {

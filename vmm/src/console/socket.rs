@@ -49,7 +49,7 @@ impl Socket {
             let file = fs::symlink_metadata(path)?;
             Ok(Self { listener, path: path.to_owned(), identity: (file.dev(), file.ino()), client: Client::default() })
         };
-        open().map_err(|source| ConsoleError::Socket { path: path.to_owned(), source })
+        open().map_err(|error| ConsoleError::Socket { path: path.to_owned(), error })
     }
 
     pub(super) fn listener(&self) -> &UnixListener {
@@ -94,7 +94,7 @@ impl Drop for Socket {
 }
 
 fn remove_stale(path: &Path) -> Result<(), ConsoleError> {
-    let refused = |source| ConsoleError::Socket { path: path.to_owned(), source };
+    let refused = |error| ConsoleError::Socket { path: path.to_owned(), error };
     match fs::symlink_metadata(path) {
         Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
         Err(error) => return Err(refused(error)),
