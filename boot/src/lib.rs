@@ -32,6 +32,7 @@ mod params;
 mod payload;
 mod pvh;
 mod regs;
+pub mod reset_vector;
 #[cfg(test)]
 mod synthetic;
 

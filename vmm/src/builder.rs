@@ -36,7 +36,8 @@ use crate::regs;
 use crate::vcpu::{Buses, Vcpu};
 use crate::vm::Resources;
 
-/// Pulses the reset line when written to the i8042's command port.
+/// The i8042's command port, and the command that pulses the reset line.
+const RESET_PORT: u16 = port::I8042 + 4;
 const RESET_COMMAND: u8 = 0xfe;
 
 /// A machine that is ready to run. Fields drop in their order: the vCPUs before the memory they run in.
@@ -89,6 +90,7 @@ impl VmBuilder<'_> {
         let functions = self.add_pci(&mut buses, &layout, &memory, &interrupts)?;
 
         acpi::write(&memory, layout::ACPI_TABLES, &self.acpi_config(&layout))?;
+        boot::reset_vector::write(&memory, RESET_PORT as u8, RESET_COMMAND)?;
         let loaded = self.load_kernel(&memory, &layout)?;
         let topology = Topology {
             cpus: self.config.cpus,
@@ -209,7 +211,7 @@ impl VmBuilder<'_> {
             power_button_gsi: gsi::POWER_BUTTON,
             sleep_control: port::ACPI_SLEEP,
             sleep_status: port::ACPI_SLEEP + 1,
-            reset_port: port::I8042 + 4,
+            reset_port: RESET_PORT,
             reset_value: RESET_COMMAND,
             pvpanic: Some(port::PVPANIC),
         }

@@ -24,8 +24,8 @@ pub const KVM_IDENTITY_MAP: u64 = 0xFFFB_C000;
 /// See [`KVM_IDENTITY_MAP`].
 pub const KVM_TSS: u64 = 0xFFFB_D000;
 
-/// The classic BIOS area holds the RSDP at its start and the other ACPI tables behind it.
-pub const ACPI_TABLES: Range<u64> = 0xE_0000..0x10_0000;
+/// The classic BIOS area holds the RSDP at its start, the other ACPI tables behind it, and the reset vector at its end.
+pub const ACPI_TABLES: Range<u64> = 0xE_0000..boot::reset_vector::ADDRESS;
 
 /// What the memory map reserves below 1 MiB: the EBDA, the VGA hole and the BIOS area.
 pub const LOW_RESERVED: Range<u64> = 0x9_FC00..0x10_0000;
