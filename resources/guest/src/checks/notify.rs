@@ -46,11 +46,11 @@ fn batch(machine: &Machine) -> Outcome {
     let mut disk = Disk::open(machine.disk()?, options(F_EVENT_IDX | F_INDIRECT_DESC))?;
     let buffer = memory::allocate(SECTOR);
     for _ in 0..10 {
-        let mut requests = 0;
+        let mut requests = 0_u16;
         while disk.submit(Kind::Read, 0, &[(buffer, SECTOR as u32)]).is_some() {
             requests += 1;
         }
-        equal("the requests that fit", requests as u16, disk.queue.size)?;
+        equal("the requests that fit", requests, disk.queue.size)?;
         disk.queue.ring();
         for _ in 0..requests {
             equal("the status of a request", disk.wait()?.status, blk::OK)?;
