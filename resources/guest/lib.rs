@@ -8,7 +8,7 @@ pub const PATH: &str = concat!(env!("OUT_DIR"), "/guest.elf");
 pub const ELF: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/guest.elf"));
 
 /// What the guest writes to the exit port when every check passed; isa-debug-exit makes `33` of it.
-pub const PASSED: u32 = 0x10;
+pub const PASSED: u8 = 0x10;
 
 /// What the guest writes to the exit port when a check failed, the command line was bad or it crashed; `35` outside.
-pub const FAILED: u32 = 0x11;
+pub const FAILED: u8 = 0x11;
