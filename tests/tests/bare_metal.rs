@@ -19,7 +19,7 @@ const PASSED: i32 = ((guest::PASSED << 1) | 1) as i32;
 const FAILED: i32 = ((guest::FAILED << 1) | 1) as i32;
 
 /// How long a guest may be silent before it counts as hung.
-const HUNG: Duration = Duration::from_secs(60);
+const HUNG: Duration = Duration::from_secs(120);
 
 /// The word of the guest's pattern at byte `offset`: the output function of SplitMix64 (Steele, Lea, Flood 2014).
 fn pattern(seed: u64, offset: usize) -> [u8; 8] {
