@@ -13,6 +13,7 @@ pub(super) const CHECKS: &[Check] = &[
     Check { name: "no request is forgotten, INDIRECT_DESC", run: |machine| requests(machine, F_INDIRECT_DESC) },
     Check { name: "no request is forgotten, EVENT_IDX", run: |machine| requests(machine, F_EVENT_IDX) },
     Check { name: "no request is forgotten, both", run: |machine| requests(machine, F_EVENT_IDX | F_INDIRECT_DESC) },
+    Check { name: "no request is forgotten while the device falls asleep", run: falling_asleep },
     Check { name: "one doorbell serves a full queue", run: batch },
     Check { name: "rings wrap around", run: wrap },
     Check { name: "idle doorbells do nothing", run: idle },
@@ -42,6 +43,21 @@ fn requests(machine: &Machine, features: u64) -> Outcome {
         }
     }
     println!("# 288 requests, {} doorbells", disk.queue.kicks);
+    Ok(())
+}
+
+/// Requests at every distance from the one before, so that some meet the device between its last look at the ring and its
+/// sleep. Identification requests are answered at once, which makes that moment regular.
+fn falling_asleep(machine: &Machine) -> Outcome {
+    for features in [F_EVENT_IDX, 0] {
+        let mut disk = Disk::open(machine.disk()?, options(features))?;
+        let buffer = memory::allocate(20);
+        for distance in (0..20_000).step_by(5) {
+            let start = cpu::ticks();
+            while cpu::ticks() < start + distance {}
+            disk.succeed(Kind::Identify, 0, &[(buffer, 20)])?;
+        }
+    }
     Ok(())
 }
 
