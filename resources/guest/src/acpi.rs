@@ -7,8 +7,8 @@ use crate::report::{Failure, Outcome, holds};
 /// A register in I/O space and what to write there.
 #[derive(Clone, Copy)]
 pub(crate) struct PortWrite {
-    port: u16,
-    value: u8,
+    pub(crate) port: u16,
+    pub(crate) value: u8,
 }
 
 impl PortWrite {
@@ -132,13 +132,14 @@ fn io_register(fadt: Table, offset: u64) -> Option<u16> {
     (space == 1 && address != 0).then_some(address as u16)
 }
 
-/// SLP_TYP of soft off: the first element of the package `_S5_`.
+/// SLP_TYP of soft off: the first element of the package `_S5_`, with whatever path before the name.
 fn sleep_type_s5(dsdt: Table) -> Option<u8> {
-    let name = (36..dsdt.length().saturating_sub(10)).find(|&at| &dsdt.0.read::<[u8; 5]>(at) == b"\x08_S5_")?;
-    // PackageOp, a length of one byte, the number of elements; then ZeroOp, OneOp or BytePrefix and the byte.
-    match (dsdt.0.read::<u8>(name + 5), dsdt.0.read::<u8>(name + 8)) {
-        (0x12, constant @ 0..=1) => Some(constant),
-        (0x12, 0x0a) => Some(dsdt.0.read(name + 9)),
+    let package = |&at: &u64| &dsdt.0.read::<[u8; 5]>(at) == b"_S5_\x12";
+    let name = (36..dsdt.length().saturating_sub(10)).find(package)?;
+    // A length of one byte, the number of elements; then ZeroOp, OneOp or BytePrefix and the byte.
+    match dsdt.0.read::<u8>(name + 7) {
+        constant @ 0..=1 => Some(constant),
+        0x0a => Some(dsdt.0.read(name + 8)),
         _ => None,
     }
 }

@@ -57,7 +57,7 @@ pub(crate) struct CommandLine {
 impl CommandLine {
     /// The value of the last `key=value`.
     pub(crate) fn value(&self, key: &str) -> Option<&'static str> {
-        self.text.split_ascii_whitespace().filter_map(|word| word.strip_prefix(key)?.strip_prefix('=')).last()
+        self.text.split_ascii_whitespace().filter_map(|word| word.strip_prefix(key)?.strip_prefix('=')).next_back()
     }
 
     /// The value as a number, decimal or 0x; `default` if it is not given.

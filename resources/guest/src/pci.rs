@@ -33,8 +33,8 @@ pub(crate) enum Space {
 #[derive(Clone, Copy)]
 pub(crate) struct Function {
     pub(crate) space: Space,
-    pub(crate) device: u8,
-    pub(crate) function: u8,
+    pub(crate) slot: u8,
+    pub(crate) number: u8,
 }
 
 impl Function {
@@ -61,11 +61,11 @@ impl Function {
     }
 
     fn config_address(self, register: u16) -> u32 {
-        1 << 31 | u32::from(self.device) << 11 | u32::from(self.function) << 8 | u32::from(register & 0xfc)
+        1 << 31 | u32::from(self.slot) << 11 | u32::from(self.number) << 8 | u32::from(register & 0xfc)
     }
 
     fn ecam(self, base: u64) -> Mmio {
-        Mmio(base + (u64::from(self.device) << 15 | u64::from(self.function) << 12))
+        Mmio(base + (u64::from(self.slot) << 15 | u64::from(self.number) << 12))
     }
 
     /// The same function through another way in.
@@ -102,7 +102,10 @@ impl Function {
 
     /// Its memory BARs.
     pub(crate) fn bars(self) -> impl Iterator<Item = Bar> {
-        let registers = if self.read::<u8>(HEADER_TYPE) & 0x7f == 0 { 6 } else { 2 };
+        let registers = match self.read::<u8>(HEADER_TYPE) & 0x7f {
+            0 => 6,
+            _ => 2,
+        };
         let mut index = 0;
         core::iter::from_fn(move || {
             while index < registers {
@@ -185,11 +188,11 @@ impl Machine {
 
     /// Every function of bus 0, as `space` shows it.
     pub(crate) fn functions(space: Space) -> impl Iterator<Item = Function> {
-        (0..32).flat_map(move |device| {
-            let first = Function { space, device, function: 0 };
+        (0..32).flat_map(move |slot| {
+            let first = Function { space, slot, number: 0 };
             let several = first.exists() && first.read::<u8>(HEADER_TYPE) & 0x80 != 0;
             let count = if several { 8 } else { 1 };
-            (0..count).map(move |function| Function { function, ..first }).filter(|function| function.exists())
+            (0..count).map(move |number| Function { number, ..first }).filter(|function| function.exists())
         })
     }
 

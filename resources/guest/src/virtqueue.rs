@@ -76,7 +76,7 @@ impl Virtqueue {
     pub(crate) fn clear(&mut self) {
         for head in 0..self.size {
             let next = if head + 1 < self.size { head + 1 } else { END };
-            self.write_descriptor(self.descriptors, head, &Buffer { address: 0, bytes: 0, writable: false }, 0, next);
+            write_descriptor(self.descriptors, head, &Buffer { address: 0, bytes: 0, writable: false }, 0, next);
         }
         (self.free, self.available_index, self.notified_index, self.used_index) = (0, 0, 0, 0);
         for offset in 0..3 {
@@ -84,14 +84,6 @@ impl Virtqueue {
             self.used.write::<u16>(2 * offset, 0);
         }
         self.disarm();
-    }
-
-    fn write_descriptor(&self, table: Mmio, index: u16, buffer: &Buffer, flags: u16, next: u16) {
-        let descriptor = Mmio(table.0 + u64::from(index) * DESCRIPTOR);
-        descriptor.write(0, buffer.address);
-        descriptor.write(8, buffer.bytes);
-        descriptor.write(12, flags | if buffer.writable { WRITE } else { 0 });
-        descriptor.write(14, next);
     }
 
     fn next_free(&self, index: u16) -> u16 {
@@ -113,11 +105,11 @@ impl Virtqueue {
             let table = Mmio(tables.0 + u64::from(head) * DESCRIPTOR * MAX_BUFFERS as u64);
             for (index, buffer) in buffers.iter().enumerate() {
                 let more = index + 1 < buffers.len();
-                self.write_descriptor(table, index as u16, buffer, if more { NEXT } else { 0 }, index as u16 + 1);
+                write_descriptor(table, index as u16, buffer, if more { NEXT } else { 0 }, index as u16 + 1);
             }
             self.free = self.next_free(head);
             let whole = Buffer { address: table.0, bytes: buffers.len() as u32 * DESCRIPTOR as u32, writable: false };
-            self.write_descriptor(self.descriptors, head, &whole, INDIRECT, END);
+            write_descriptor(self.descriptors, head, &whole, INDIRECT, END);
         } else {
             let next = |index: &u16| (*index != END).then(|| self.next_free(*index));
             let free = core::iter::successors(Some(head), next);
@@ -129,7 +121,7 @@ impl Virtqueue {
                 let next = self.next_free(index);
                 let more = position + 1 < buffers.len();
                 self.free = next;
-                self.write_descriptor(self.descriptors, index, buffer, if more { NEXT } else { 0 }, next);
+                write_descriptor(self.descriptors, index, buffer, if more { NEXT } else { 0 }, next);
                 index = next;
             }
         }
@@ -218,4 +210,12 @@ impl Virtqueue {
         self.available.write(4 + 2 * u64::from(self.size), self.used_index.wrapping_sub(1));
         self.available.write(0, AVAIL_NO_INTERRUPT);
     }
+}
+
+fn write_descriptor(table: Mmio, index: u16, buffer: &Buffer, flags: u16, next: u16) {
+    let descriptor = Mmio(table.0 + u64::from(index) * DESCRIPTOR);
+    descriptor.write(0, buffer.address);
+    descriptor.write(8, buffer.bytes);
+    descriptor.write(12, flags | if buffer.writable { WRITE } else { 0 });
+    descriptor.write(14, next);
 }

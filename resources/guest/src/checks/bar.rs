@@ -6,7 +6,7 @@ use crate::acpi::Window;
 use crate::blk::{self, Disk, Kind, SECTOR};
 use crate::cpu::{self, Mmio};
 use crate::memory;
-use crate::pci::{Bar, COMMAND_MEMORY};
+use crate::pci::{Bar, COMMAND_MEMORY, Function};
 use crate::report::{Failure, Outcome, equal, holds, println};
 use crate::virtio::{Capability, Options, Structure, common};
 
@@ -27,7 +27,7 @@ fn overlap(a: (u64, u64), b: (u64, u64)) -> bool {
 }
 
 fn all_bars(machine: &Machine) -> impl Iterator<Item = Bar> {
-    Machine::functions(machine.ecam()).flat_map(|function| function.bars())
+    Machine::functions(machine.ecam()).flat_map(Function::bars)
 }
 
 fn assigned(machine: &Machine) -> Outcome {

@@ -10,6 +10,7 @@ mod rng;
 mod virtio;
 
 use crate::Machine;
+use crate::acpi::PortWrite;
 use crate::cpu;
 use crate::memory;
 use crate::msix::Msix;
@@ -99,17 +100,15 @@ fn end(machine: &Machine, verdict: u32) -> ! {
         _ if verdict != report::PASSED => report::exit(verdict),
         "exit" => report::exit(verdict),
         "triple-fault" => cpu::triple_fault(),
-        "panic" => {
-            // The port of pvpanic; bit 0 is "the guest panicked".
-            cpu::port_out(machine.command_line.number("panic_port", 0x505) as u16, 1_u8);
-            None
-        }
+        "panic" => Some(PortWrite { port: machine.command_line.number("panic_port", 0x505) as u16, value: 1 }),
         "poweroff" => machine.acpi.poweroff,
         "reset" => machine.acpi.reset,
         _ => None,
     };
     if let Some(write) = write {
         write.perform();
+        // The machine may need a moment to end.
+        cpu::wait_until(|| false);
     }
     println!("not ok end: the machine did not end by {way}");
     report::exit(report::FAILED)

@@ -13,11 +13,15 @@ pub(super) const CHECKS: &[Check] = &[
     Check { name: "no request is forgotten, INDIRECT_DESC", run: |machine| requests(machine, F_INDIRECT_DESC) },
     Check { name: "no request is forgotten, EVENT_IDX", run: |machine| requests(machine, F_EVENT_IDX) },
     Check { name: "no request is forgotten, both", run: |machine| requests(machine, F_EVENT_IDX | F_INDIRECT_DESC) },
+    Check { name: "no request is forgotten while the device falls asleep", run: falling_asleep },
     Check { name: "one doorbell serves a full queue", run: batch },
     Check { name: "rings wrap around", run: wrap },
     Check { name: "idle doorbells do nothing", run: idle },
     Check { name: "doorbells of other queues and widths do no harm", run: strange },
 ];
+
+/// Requests after which the indices have gone round.
+const WRAPPED: u32 = 0x1_0000 + 100;
 
 fn options(features: u64) -> Options {
     Options { features, ..Options::default() }
@@ -42,15 +46,30 @@ fn requests(machine: &Machine, features: u64) -> Outcome {
     Ok(())
 }
 
+/// Requests at every distance from the one before, so that some meet the device between its last look at the ring and its
+/// sleep. Identification requests are answered at once, which makes that moment regular.
+fn falling_asleep(machine: &Machine) -> Outcome {
+    for features in [F_EVENT_IDX, 0] {
+        let mut disk = Disk::open(machine.disk()?, options(features))?;
+        let buffer = memory::allocate(20);
+        for distance in (0..20_000).step_by(5) {
+            let start = cpu::ticks();
+            while cpu::ticks() < start + distance {}
+            disk.succeed(Kind::Identify, 0, &[(buffer, 20)])?;
+        }
+    }
+    Ok(())
+}
+
 fn batch(machine: &Machine) -> Outcome {
     let mut disk = Disk::open(machine.disk()?, options(F_EVENT_IDX | F_INDIRECT_DESC))?;
     let buffer = memory::allocate(SECTOR);
     for _ in 0..10 {
-        let mut requests = 0;
+        let mut requests = 0_u16;
         while disk.submit(Kind::Read, 0, &[(buffer, SECTOR as u32)]).is_some() {
             requests += 1;
         }
-        equal("the requests that fit", requests as u16, disk.queue.size)?;
+        equal("the requests that fit", requests, disk.queue.size)?;
         disk.queue.ring();
         for _ in 0..requests {
             equal("the status of a request", disk.wait()?.status, blk::OK)?;
@@ -59,13 +78,13 @@ fn batch(machine: &Machine) -> Outcome {
     Ok(())
 }
 
-/// The 16-bit indices go round once.
+/// The 16-bit indices go round once. By identification requests: they need no I/O, and there are many.
 fn wrap(machine: &Machine) -> Outcome {
     let mut disk = Disk::open(machine.disk()?, options(F_EVENT_IDX | F_INDIRECT_DESC))?;
-    let buffer = memory::allocate(SECTOR);
+    let buffer = memory::allocate(20);
     let (mut submitted, mut completed) = (0_u32, 0_u32);
-    while completed < 0x1_0000 + 1000 {
-        while submitted < 0x1_0000 + 1000 && disk.submit(Kind::Read, 0, &[(buffer, SECTOR as u32)]).is_some() {
+    while completed < WRAPPED {
+        while submitted < WRAPPED && disk.submit(Kind::Identify, 0, &[(buffer, 20)]).is_some() {
             submitted += 1;
         }
         disk.queue.kick();

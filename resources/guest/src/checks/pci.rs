@@ -19,7 +19,7 @@ pub(super) const CHECKS: &[Check] = &[
 ];
 
 fn identity(function: Function) -> u64 {
-    u64::from(function.device) << 40 | u64::from(function.function) << 32 | u64::from(function.read::<u32>(VENDOR))
+    u64::from(function.slot) << 40 | u64::from(function.number) << 32 | u64::from(function.read::<u32>(VENDOR))
 }
 
 fn same_functions(machine: &Machine) -> Outcome {
@@ -27,7 +27,7 @@ fn same_functions(machine: &Machine) -> Outcome {
     let mut found = 0_u64;
     for function in Machine::functions(machine.ecam()) {
         let (vendor, device) = (function.read::<u16>(VENDOR), function.read::<u16>(DEVICE));
-        println!("# 00:{:02x}.{} {vendor:04x}:{device:04x}", function.device, function.function);
+        println!("# 00:{:02x}.{} {vendor:04x}:{device:04x}", function.slot, function.number);
         let other = ports.next().map_or(0, identity);
         equal("a function (device, function, identity) by ports", other, identity(function))?;
         found += 1;
@@ -95,7 +95,7 @@ fn partial_writes(machine: &Machine) -> Outcome {
 
 fn enable_bit(machine: &Machine) -> Outcome {
     let function = machine.disk()?;
-    let address = u32::from(function.device) << 11 | u32::from(function.function) << 8;
+    let address = u32::from(function.slot) << 11 | u32::from(function.number) << 8;
     port_out::<u32>(0xcf8, 1 << 31 | address);
     equal("0xcf8", port_in::<u32>(0xcf8), 1_u32 << 31 | address)?;
     equal("the vendor", port_in::<u16>(0xcfc), 0x1af4_u16)?;
@@ -106,10 +106,10 @@ fn enable_bit(machine: &Machine) -> Outcome {
 }
 
 fn absent(machine: &Machine) -> Outcome {
-    let unused = |device: &u8| !Function { space: machine.ecam(), device: *device, function: 0 }.exists();
-    let Some(device) = (0..32).find(unused) else { return Ok(()) };
+    let unused = |slot: &u8| !Function { space: machine.ecam(), slot: *slot, number: 0 }.exists();
+    let Some(slot) = (0..32).find(unused) else { return Ok(()) };
     for space in [machine.ecam(), Space::Ports] {
-        let function = Function { space, device, function: 0 };
+        let function = Function { space, slot, number: 0 };
         for register in [VENDOR, COMMAND, HEADER_TYPE & !3, 0xfc] {
             equal("a doubleword", function.read::<u32>(register), u32::MAX)?;
             function.write::<u32>(register, 0);
@@ -119,8 +119,8 @@ fn absent(machine: &Machine) -> Outcome {
     }
     // Function 1 of a single-function device: PCI 3.0, 3.2.2.3.4.
     let disk = machine.disk()?;
-    let several = Function { function: 0, ..disk }.read::<u8>(HEADER_TYPE) & 0x80 != 0;
-    let sibling = Function { function: 7, ..disk };
+    let several = Function { number: 0, ..disk }.read::<u8>(HEADER_TYPE) & 0x80 != 0;
+    let sibling = Function { number: 7, ..disk };
     if several { Ok(()) } else { equal("function 7 of the disk", sibling.read::<u32>(VENDOR), u32::MAX) }
 }
 
@@ -135,7 +135,7 @@ fn read_only(machine: &Machine) -> Outcome {
         }
     }
     let Space::Ecam(base) = memory.space else { return Ok(()) };
-    holds("ECAM is the function's own 4 KiB", Mmio(base + (u64::from(memory.device) << 15)).read::<u16>(0) == 0x1af4)
+    holds("ECAM is the function's own 4 KiB", Mmio(base + (u64::from(memory.slot) << 15)).read::<u16>(0) == 0x1af4)
 }
 
 fn capability_lists(machine: &Machine) -> Outcome {

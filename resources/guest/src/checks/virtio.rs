@@ -98,6 +98,11 @@ fn after_refusal(machine: &Machine) -> Outcome {
 fn reset_state(machine: &Machine) -> Outcome {
     let disk = Disk::open(machine.disk()?, Options::default())?;
     let device = disk.device;
+    device.set(common::QUEUE_SELECT, 0_u16);
+    for register in [common::CONFIG_VECTOR, common::QUEUE_VECTOR] {
+        device.set(register, 0_u16);
+        equal("a vector register", device.get::<u16>(register), 0_u16)?;
+    }
     device.reset()?;
     device.set(common::QUEUE_SELECT, 0_u16);
     equal("queue_enable", device.get::<u16>(common::QUEUE_ENABLE), 0_u16)?;

@@ -1,0 +1,311 @@
+//! The bare-metal guest (resources/guest) under skiff: the transport tested from inside, on every KVM, without a kernel.
+//! What the guest did to the disk is checked from here.
+
+use std::fs;
+use std::io::{BufRead, BufReader, Write};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::mpsc::{self, Receiver};
+use std::thread;
+use std::time::Duration;
+
+use tempfile::TempDir;
+
+const MIB: usize = 1 << 20;
+const DISK_BYTES: usize = 4 * MIB;
+
+/// The exit codes of isa-debug-exit, `(v << 1) | 1`, for the guest's two verdicts.
+const PASSED: i32 = ((guest::PASSED << 1) | 1) as i32;
+const FAILED: i32 = ((guest::FAILED << 1) | 1) as i32;
+
+/// How long a guest may be silent before it counts as hung.
+const HUNG: Duration = Duration::from_secs(120);
+
+/// The word of the guest's pattern at byte `offset`: the output function of SplitMix64 (Steele, Lea, Flood 2014).
+fn pattern(seed: u64, offset: usize) -> [u8; 8] {
+    let mut word = seed.wrapping_add(offset as u64).wrapping_add(0x9e37_79b9_7f4a_7c15);
+    word = (word ^ (word >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    word = (word ^ (word >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    (word ^ (word >> 31)).to_le_bytes()
+}
+
+fn patterned(seed: u64, start: usize, bytes: usize) -> Vec<u8> {
+    (start..start + bytes).step_by(8).flat_map(|offset| pattern(seed, offset)).collect()
+}
+
+/// The binary under test: `SKIFF_BIN`, else the one that cargo built beside this test.
+fn skiff() -> PathBuf {
+    std::env::var_os("SKIFF_BIN").map_or_else(
+        || {
+            let test = std::env::current_exe().expect("a test has a path");
+            let profile = test.ancestors().nth(2).expect("target/<profile>/deps/<test>");
+            let binary = profile.join("skiff");
+            assert!(binary.exists(), "{} is missing: run `cargo build -p skiff`, or set SKIFF_BIN", binary.display());
+            binary
+        },
+        PathBuf::from,
+    )
+}
+
+/// The guest's image and the scratch disks of one test.
+struct Bench {
+    scratch: TempDir,
+}
+
+impl Bench {
+    /// Nothing where there is no KVM; `test` then says so on the terminal, past the capture of the test runner.
+    fn new(test: &str) -> Option<Self> {
+        if let Err(error) = fs::File::options().read(true).write(true).open("/dev/kvm") {
+            let _ = writeln!(std::io::stderr(), "SKIPPED bare_metal::{test}: /dev/kvm: {error}");
+            return None;
+        }
+        let scratch = TempDir::new().expect("a scratch directory");
+        fs::write(scratch.path().join("guest.elf"), guest::ELF).expect("the guest is written");
+        Some(Self { scratch })
+    }
+
+    /// A disk with the pattern of seed 1.
+    fn disk(&self, name: &str) -> Disk {
+        let path = self.scratch.path().join(name);
+        fs::write(&path, patterned(1, 0, DISK_BYTES)).expect("the scratch disk is written");
+        Disk(path)
+    }
+
+    /// Starts the guest with the command line `cmdline` and further arguments of skiff; its lines come as it says them.
+    fn start(&self, cmdline: &str, more: &[&str]) -> (Child, Receiver<String>) {
+        let mut command = Command::new(skiff());
+        command.arg("run").arg("--kernel").arg(self.scratch.path().join("guest.elf"));
+        command.args(["--debug-exit", "--serial", "stdio", "--cmdline", cmdline]).args(more);
+        if !more.contains(&"--memory") {
+            command.args(["--memory", "64M"]);
+        }
+        let mut child =
+            command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn().expect("the skiff binary can be started");
+        let stdout = BufReader::new(child.stdout.take().expect("it is piped"));
+        let (sender, receiver) = mpsc::channel();
+        // Ends with skiff, or when nobody listens any more.
+        thread::spawn(move || {
+            for line in stdout.lines().map_while(Result::ok) {
+                if sender.send(line).is_err() {
+                    return;
+                }
+            }
+        });
+        (child, receiver)
+    }
+
+    /// Runs the guest to its end.
+    fn run(&self, cmdline: &str, more: &[&str]) -> Report {
+        let (mut child, receiver) = self.start(cmdline, more);
+        let mut lines = Vec::new();
+        let end = loop {
+            match receiver.recv_timeout(HUNG) {
+                Ok(line) => {
+                    println!("{line}");
+                    lines.push(line);
+                }
+                Err(end) => break end,
+            }
+        };
+        if end == mpsc::RecvTimeoutError::Timeout {
+            child.kill().expect("a hung skiff is killed");
+            panic!("{cmdline}: the guest says no more and does not end");
+        }
+        Report { code: child.wait().expect("skiff ends").code(), lines }
+    }
+}
+
+struct Disk(PathBuf);
+
+impl Disk {
+    fn option(&self) -> String {
+        format!("path={}", self.0.display())
+    }
+
+    fn content(&self) -> Vec<u8> {
+        fs::read(Path::new(&self.0)).expect("the scratch disk is read")
+    }
+
+    fn assert_untouched(&self) {
+        assert!(self.content() == patterned(1, 0, DISK_BYTES), "{} changed", self.0.display());
+    }
+
+    /// What the guest's blk group leaves: the second MiB has the pattern of seed 2, the rest is untouched.
+    fn assert_written(&self) {
+        let content = self.content();
+        assert!(content.len() == DISK_BYTES, "the disk changed its size");
+        assert!(content[..MIB] == patterned(1, 0, MIB), "the first MiB changed");
+        assert!(content[MIB..2 * MIB] == patterned(2, MIB, MIB), "the second MiB is not what the guest wrote");
+        assert!(content[2 * MIB..] == patterned(1, 2 * MIB, 2 * MIB), "the rest of the disk changed");
+    }
+}
+
+struct Report {
+    code: Option<i32>,
+    lines: Vec<String>,
+}
+
+impl Report {
+    fn count(&self, what: impl Fn(&str) -> bool) -> usize {
+        self.lines.iter().filter(|line| what(line)).count()
+    }
+
+    /// Every check of `group` passed, exactly `skipped` were skipped, and the guest sums up what its lines say.
+    fn assert_passed(&self, group: &str, skipped: usize) {
+        let begins = format!("ok {group}: ");
+        let ok = self.count(|line| line.starts_with(&begins));
+        let skips = self.count(|line| line.starts_with(&begins) && line.contains("# SKIP"));
+        assert_eq!(self.count(|line| line.starts_with("not ok")), 0, "{group}");
+        assert_eq!(skips, skipped, "{group}: skipped");
+        assert!(ok > skips, "{group}: nothing was checked");
+        let summary = format!("# {} passed, 0 failed, {skips} skipped", ok - skips);
+        assert_eq!(self.count(|line| line == summary), 1, "{group}: no line {summary:?}");
+        assert_eq!(self.code, Some(PASSED), "{group}");
+    }
+}
+
+/// Runs a group that only reads, on a scratch disk, with further arguments of skiff.
+fn reading_group(test: &str, group: &str, more: &[&str]) {
+    let Some(bench) = Bench::new(test) else { return };
+    let disk = bench.disk("disk.img");
+    let option = disk.option();
+    bench.run(&format!("test={group}"), &[&["--disk", &option], more].concat()).assert_passed(group, 0);
+    disk.assert_untouched();
+}
+
+#[test]
+fn pci() {
+    reading_group("pci", "pci", &[]);
+}
+
+#[test]
+fn virtio() {
+    reading_group("virtio", "virtio", &[]);
+}
+
+#[test]
+fn bar() {
+    reading_group("bar", "bar", &[]);
+}
+
+/// The 64-bit window lies above all memory, so it is elsewhere on a machine with memory past the hole.
+#[test]
+fn bar_with_memory_past_the_hole() {
+    reading_group("bar_with_memory_past_the_hole", "bar", &["--memory", "5G"]);
+}
+
+#[test]
+fn msix() {
+    reading_group("msix", "msix", &[]);
+}
+
+/// The second CPU waits for the start-up messages of an operating system, which never come.
+#[test]
+fn msix_beside_an_idle_cpu() {
+    reading_group("msix_beside_an_idle_cpu", "msix", &["--cpus", "2"]);
+}
+
+#[test]
+fn notify() {
+    reading_group("notify", "notify", &[]);
+}
+
+#[test]
+fn reset() {
+    reading_group("reset", "reset", &[]);
+}
+
+#[test]
+fn rng() {
+    reading_group("rng", "rng", &[]);
+}
+
+#[test]
+fn blk() {
+    let Some(bench) = Bench::new("blk") else { return };
+    let disk = bench.disk("disk.img");
+    // The disk is not a read-only one: that check is skipped.
+    bench.run("test=blk", &["--disk", &disk.option()]).assert_passed("blk", 1);
+    disk.assert_written();
+}
+
+#[test]
+fn read_only_disk() {
+    let Some(bench) = Bench::new("read_only_disk") else { return };
+    let disk = bench.disk("disk.img");
+    // The check of writes is the one skipped here.
+    let report = bench.run("test=blk", &["--disk", &format!("{},readonly=on", disk.option())]);
+    report.assert_passed("blk", 1);
+    assert_eq!(report.count(|line| line == "ok blk: a read-only disk refuses writes"), 1);
+    disk.assert_untouched();
+}
+
+#[test]
+fn second_disk_and_its_serial_number() {
+    let Some(bench) = Bench::new("second_disk_and_its_serial_number") else { return };
+    let (first, second) = (bench.disk("first.img"), bench.disk("second.img"));
+    let options = [format!("{},serial=first", first.option()), format!("{},serial=second", second.option())];
+    let arguments = ["--disk", &options[0], "--disk", &options[1]];
+    bench.run("test=blk disk=1 serial=second", &arguments).assert_passed("blk", 1);
+    first.assert_untouched();
+    second.assert_written();
+}
+
+#[test]
+fn doorbells_without_ioeventfd() {
+    let Some(bench) = Bench::new("doorbells_without_ioeventfd") else { return };
+    let disk = bench.disk("disk.img");
+    let option = format!("{},ioeventfd=off", disk.option());
+    for group in ["notify", "bar"] {
+        bench.run(&format!("test={group}"), &["--disk", &option]).assert_passed(group, 0);
+    }
+    disk.assert_untouched();
+}
+
+/// What is wrong is told as such: another pattern than the disk's, another serial number, a group that does not exist.
+#[test]
+fn failures_are_told() {
+    let Some(bench) = Bench::new("failures_are_told") else { return };
+    let option = format!("{},serial=one", bench.disk("disk.img").option());
+    let wrong = [
+        ("test=blk seed=3", "not ok blk: the first MiB reads as the host wrote it"),
+        ("test=blk serial=another", "not ok blk: identifies itself"),
+        ("test=nonsense", "not ok command line: there is no test nonsense"),
+    ];
+    for (cmdline, line) in wrong {
+        let report = bench.run(cmdline, &["--disk", &option]);
+        assert_eq!((report.code, report.count(|said| said.starts_with(line))), (Some(FAILED), 1), "{cmdline}");
+    }
+}
+
+/// The exit codes that `skiff run --help` promises.
+#[test]
+fn ends_of_the_machine() {
+    let Some(bench) = Bench::new("ends_of_the_machine") else { return };
+    let disk = bench.disk("disk.img").option();
+    for (end, code) in [("poweroff", 0), ("panic", 4), ("triple-fault", 6), ("reset", 0)] {
+        let report = bench.run(&format!("test=pci end={end}"), &["--no-reboot", "--disk", &disk]);
+        assert_eq!((report.code, report.count(|line| line.starts_with("not ok"))), (Some(code), 0), "{end}");
+    }
+}
+
+/// Three times through all of it: what one run leaves behind must not disturb the next.
+#[test]
+fn a_reset_starts_the_machine_again() {
+    let Some(bench) = Bench::new("a_reset_starts_the_machine_again") else { return };
+    let disk = bench.disk("disk.img").option();
+    let (mut child, receiver) = bench.start("test=blk,msix end=reset", &["--disk", &disk]);
+    let mut summaries = Vec::new();
+    while let Ok(line) = receiver.recv_timeout(HUNG) {
+        println!("{line}");
+        if line.ends_with(" skipped") {
+            summaries.push(line);
+        }
+        if summaries.len() == 3 {
+            break;
+        }
+    }
+    child.kill().expect("skiff is killed");
+    child.wait().expect("skiff ends");
+    assert_eq!(summaries, vec!["# 21 passed, 0 failed, 1 skipped"; 3]);
+}
