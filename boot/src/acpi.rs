@@ -210,3 +210,216 @@ fn mcfg(config: &AcpiConfig) -> Vec<u8> {
     mcfg.add_ecam(u64::from(config.ecam), 0, 0, config.last_bus);
     bytes(&mcfg)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+    use std::process::{Command, Output};
+
+    use super::*;
+    use crate::bytes::{u16_at, u32_at, u64_at};
+    use crate::synthetic;
+
+    const RSDP: u64 = 0xe_0000;
+
+    fn config(cpus: u32) -> AcpiConfig {
+        AcpiConfig {
+            apic_ids: (0..cpus).collect(),
+            local_apic: 0xfee0_0000,
+            io_apic: 0xfec0_0000,
+            ecam: 0xe000_0000,
+            last_bus: 0,
+            pci_window_32: 0xc000_0000..0xe000_0000,
+            pci_window_64: Some(0x80_0000_0000..0x100_0000_0000),
+            serial: Some(PortDevice { port: 0x3f8, gsi: 4 }),
+            rtc: PortDevice { port: 0x70, gsi: 8 },
+            power_button_gsi: 5,
+            sleep_control: 0x600,
+            sleep_status: 0x601,
+            reset_port: 0x64,
+            reset_value: 0xfe,
+            pvpanic: Some(0x505),
+        }
+    }
+
+    fn sum(bytes: &[u8]) -> u8 {
+        bytes.iter().fold(0, |sum, byte| sum.wrapping_add(*byte))
+    }
+
+    /// The table at `address`, after the checks every operating system makes.
+    fn table_at(memory: &GuestMemoryMmap, address: u64) -> ([u8; 4], Vec<u8>) {
+        let len = u32_at(&synthetic::read(memory, address, 8), 4);
+        let table = synthetic::read(memory, address, len as usize);
+        assert_eq!(sum(&table), 0, "checksum");
+        assert_eq!(table.len(), len as usize);
+        (table[..4].try_into().unwrap(), table)
+    }
+
+    /// Finds the tables as an operating system does: from the root pointer through the XSDT, the DSDT through the FADT.
+    fn walk(memory: &GuestMemoryMmap) -> Vec<([u8; 4], Vec<u8>)> {
+        let rsdp = synthetic::read(memory, RSDP, 36);
+        assert_eq!((&rsdp[..8], rsdp[15], u32_at(&rsdp, 20)), (b"RSD PTR ".as_slice(), 2, 36));
+        assert_eq!((sum(&rsdp[..20]), sum(&rsdp)), (0, 0), "both checksums");
+        let (signature, xsdt) = table_at(memory, u64_at(&rsdp, 24));
+        assert_eq!(&signature, b"XSDT");
+        let mut found: Vec<_> = xsdt[36..].chunks(8).map(|entry| table_at(memory, u64_at(entry, 0))).collect();
+        let fadt = found.iter().find(|(signature, _)| signature == b"FACP").unwrap();
+        found.push(table_at(memory, u64_at(&fadt.1, 140)));
+        found
+    }
+
+    fn written(config: &AcpiConfig) -> Vec<([u8; 4], Vec<u8>)> {
+        let memory = synthetic::dirty_memory(1);
+        write(&memory, RSDP..0x10_0000, config).unwrap();
+        walk(&memory)
+    }
+
+    fn body(tables: &[([u8; 4], Vec<u8>)], signature: [u8; 4]) -> Vec<u8> {
+        tables.iter().find(|table| table.0 == signature).unwrap().1.clone()
+    }
+
+    #[test]
+    fn an_operating_system_finds_every_table() {
+        let tables = written(&config(2));
+        let signatures: Vec<_> = tables.iter().map(|table| &table.0).collect();
+        assert_eq!(signatures, [b"FACP", b"APIC", b"MCFG", b"DSDT"]);
+
+        // Offsets: ACPI 6.5, table 5.9.
+        let fadt = body(&tables, *b"FACP");
+        assert_eq!((fadt[8], fadt.len()), (6, 276));
+        let boot_arch = u16_at(&fadt, 109);
+        assert_eq!(boot_arch & 1 << 1, 0, "no 8042 to probe");
+        assert_eq!(boot_arch & 1 << 2, 1 << 2, "no VGA");
+        assert_eq!(boot_arch & 1 << 3, 0, "MSI works");
+        assert_eq!(boot_arch & 1 << 5, 0, "there is a CMOS RTC");
+        let flags = u32_at(&fadt, 112);
+        for bit in [0, 4, 5, 10, 20] {
+            assert_eq!(flags >> bit & 1, 1, "flag {bit}: WBINVD, no fixed buttons, reset register, hardware reduced");
+        }
+        let register = |at: usize| (fadt[at], fadt[at + 1], fadt[at + 3], u64_at(&fadt, at + 4));
+        assert_eq!((register(116), fadt[128]), ((1, 8, 1, 0x64), 0xfe), "reset");
+        assert_eq!(register(244), (1, 8, 1, 0x600), "sleep control");
+        assert_eq!(register(256), (1, 8, 1, 0x601), "sleep status");
+
+        let mcfg = body(&tables, *b"MCFG");
+        assert_eq!((mcfg.len(), u64_at(&mcfg, 44), u32_at(&mcfg, 52)), (60, 0xe000_0000, 0));
+    }
+
+    /// Type and bytes of the interrupt controller structures.
+    fn structures(madt: &[u8]) -> Vec<Vec<u8>> {
+        let mut rest = &madt[44..];
+        let mut found = Vec::new();
+        while !rest.is_empty() {
+            let (structure, behind) = rest.split_at(usize::from(rest[1]));
+            found.push(structure.to_vec());
+            rest = behind;
+        }
+        found
+    }
+
+    #[test]
+    fn every_cpu_has_a_structure_that_can_hold_its_apic_id() {
+        let config = AcpiConfig { apic_ids: vec![0, 1, 254, 255, 256, 0x1_0000], ..config(0) };
+        let madt = body(&written(&config), *b"APIC");
+        assert_eq!((u32_at(&madt, 36), u32_at(&madt, 40)), (0xfee0_0000, 1));
+        let found = structures(&madt);
+        // ACPI 6.5, sections 5.2.12.2, 5.2.12.12 and 5.2.12.3: what is enabled, then the IOAPIC of GSI 0.
+        let local = |uid: u8, id: u8| vec![0, 8, uid, id, 1, 0, 0, 0];
+        let x2 = |uid: u8, id: [u8; 4]| [&[9, 16, 0, 0], id.as_slice(), &[1, 0, 0, 0, uid, 0, 0, 0]].concat();
+        assert_eq!(found[..3], [local(0, 0), local(1, 1), local(2, 254)]);
+        assert_eq!(found[3..6], [x2(3, [255, 0, 0, 0]), x2(4, [0, 1, 0, 0]), x2(5, [0, 0, 1, 0])]);
+        assert_eq!(found[6..], [vec![1, 12, 0, 0, 0, 0, 0xc0, 0xfe, 0, 0, 0, 0]]);
+    }
+
+    #[test]
+    fn as_many_cpus_as_kvm_can_fit_and_more_are_an_error() {
+        let madt = body(&written(&config(4096)), *b"APIC");
+        assert_eq!(structures(&madt).len(), 4097);
+        let memory = synthetic::dirty_memory(1);
+        let error = write(&memory, RSDP..0x10_0000, &config(9000)).unwrap_err();
+        let BootError::AcpiTooBig { cpus: 9000, size, room: 0x2_0000 } = error else { panic!("{error:?}") };
+        assert!(size > 0x2_0000);
+        assert_eq!(synthetic::read(&memory, RSDP, 4), [0xa5; 4], "nothing was written");
+        assert!(matches!(write(&memory, 0x20_0000..0x40_0000, &config(1)), Err(BootError::Memory(_))));
+    }
+
+    #[test]
+    fn tables_are_aligned_and_apart() {
+        let tables = tables(RSDP, &config(3));
+        assert!(tables.iter().all(|table| table.address % 16 == 0));
+        assert!(tables.windows(2).all(|pair| pair[0].address + pair[0].bytes.len() as u64 <= pair[1].address));
+    }
+
+    /// Runs a tool of acpica-tools, or says loudly that it is not there.
+    fn tool(name: &str, directory: &Path, arguments: &[&str]) -> Option<Output> {
+        match Command::new(name).args(arguments).current_dir(directory).output() {
+            Ok(output) => Some(output),
+            Err(error) if std::env::var_os("SKIFF_REQUIRE_TOOLS").is_some() => {
+                panic!("cannot run {name} (package acpica-tools): {error}")
+            }
+            Err(error) => {
+                eprintln!("SKIPPED: cannot run {name} (package acpica-tools): {error}");
+                None
+            }
+        }
+    }
+
+    fn text(output: &Output) -> String {
+        String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr)
+    }
+
+    #[test]
+    fn iasl_disassembles_and_recompiles_every_table() {
+        let variants = [config(2), AcpiConfig { serial: None, pvpanic: None, pci_window_64: None, ..config(300) }];
+        for config in variants {
+            let directory = tempfile::tempdir().unwrap();
+            // iasl knows no RSDP: `walk` reads that.
+            for table in tables(RSDP, &config).into_iter().skip(1) {
+                let name = table.name;
+                std::fs::write(directory.path().join(format!("{name}.aml")), &table.bytes).unwrap();
+                let Some(output) = tool("iasl", directory.path(), &["-d", &format!("{name}.aml")]) else { return };
+                let said = text(&output);
+                assert!(
+                    output.status.success() && !said.contains("rror") && !said.contains("arning"),
+                    "{name}: {said}"
+                );
+
+                let arguments = ["-we", "-oa", "-p", "again", &format!("{name}.dsl")];
+                let Some(output) = tool("iasl", directory.path(), &arguments) else { return };
+                let said = text(&output);
+                assert!(output.status.success() && said.contains("Compilation successful. 0 Errors"), "{name}: {said}");
+                if name == "DSDT" {
+                    let again = std::fs::read(directory.path().join("again.aml")).unwrap();
+                    assert_eq!(again[36..], table.bytes[36..], "the same AML");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn acpica_finds_in_the_dsdt_what_the_machine_has() {
+        let directory = tempfile::tempdir().unwrap();
+        let dsdt = tables(RSDP, &config(1)).into_iter().find(|table| table.name == "DSDT").unwrap();
+        std::fs::write(directory.path().join("DSDT.aml"), dsdt.bytes).unwrap();
+        let pressed = "Received a Device Notify on [PWRB]";
+        for (command, expected, unexpected) in [
+            ("evaluate \\_SB.GED._EVT 5", pressed, "rror"),
+            ("evaluate \\_SB.GED._EVT 6", "No object was returned", pressed),
+            ("evaluate \\_S5", "[Integer] = 0000000000000005", "rror"),
+            ("resources \\_SB.PCI0", "Address Minimum : 0CF8", "rror"),
+            ("resources \\_SB.PCI0", "Address Minimum : C0000000 Address Maximum : DFFFFFFF", "rror"),
+            ("resources \\_SB.PCI0", "Address Minimum : 0000008000000000 Address Maximum : 000000FFFFFFFFFF", "rror"),
+            ("resources \\_SB.MBRD", "Address : E0000000 Address Length : 00100000", "rror"),
+            ("resources \\_SB.COM1", "Address Minimum : 03F8 Address Maximum : 03F8", "rror"),
+            ("resources \\_SB.COM1", "Triggering : Edge Polarity : ActiveHigh", "rror"),
+            ("resources \\_SB.COM1", "Interrupt Count : 01 Dword00 : 00000004", "rror"),
+            ("resources \\_SB.RTC", "Interrupt Count : 01 Dword00 : 00000008", "rror"),
+            ("resources \\_SB.GED", "Interrupt Count : 01 Dword00 : 00000005", "rror"),
+            ("resources \\_SB.PEVT", "Address Minimum : 0505 Address Maximum : 0505", "rror"),
+        ] {
+            let Some(output) = tool("acpiexec", directory.path(), &["-b", command, "DSDT.aml"]) else { return };
+            let said = text(&output).split_whitespace().collect::<Vec<_>>().join(" ");
+            assert!(said.contains(expected) && !said.contains(unexpected), "{command}: {said}");
+        }
+    }
+}

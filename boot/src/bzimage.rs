@@ -146,3 +146,77 @@ pub(crate) fn fill_in(header: &mut setup_header, initrd_start: u64, initrd_len: 
     header.ramdisk_image = initrd_start as u32;
     header.ramdisk_size = initrd_len as u32;
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::load;
+    use crate::synthetic::{INIT_SIZE, SETUP_LEN, bzimage, dirty_memory, file, map, put, read, request};
+
+    fn error_of(offset: usize, bytes: &[u8]) -> BootError {
+        let mut image = bzimage(&[0x90; 0x1000]);
+        put(&mut image, offset, bytes);
+        parse(&image, image.len() as u64).map(|_| ()).unwrap_err()
+    }
+
+    #[test]
+    fn images_without_a_64_bit_entry() {
+        let error = error_of(0x206, &[0x0a, 0x02]);
+        assert!(matches!(error, BootError::BzImageTooOld { version: 0x020a }), "{error:?}");
+        assert!(error.to_string().starts_with("bzImage of boot protocol 2.10, older than 2.12"), "{error}");
+        assert!(matches!(error_of(0x236, &[0x7e]), BootError::BzImageNot64Bit));
+    }
+
+    #[test]
+    fn headers_that_contradict_themselves() {
+        let damages: [(usize, &[u8], &str); 4] = [
+            (0x1f4, &[0, 0], "no kernel behind its header"),
+            (0x260, &[0, 4, 0, 0], "init_size"),
+            (0x230, &[3, 0, 0, 0], "kernel_alignment"),
+            (0x211, &[0], "1 MiB or above"),
+        ];
+        for (offset, bytes, what) in damages {
+            let message = error_of(offset, bytes).to_string();
+            assert!(message.starts_with("damaged bzImage") && message.contains(what), "{message}");
+        }
+    }
+
+    #[test]
+    fn an_image_cut_short() {
+        let image = bzimage(&[0x90; 0x1000]);
+        for len in [SETUP_LEN, SETUP_LEN + 0x1000 - 16] {
+            let error = parse(&image[..len], len as u64).map(|_| ()).unwrap_err();
+            let BootError::Truncated { expected, found, .. } = error else { panic!("{error:?}") };
+            assert_eq!((expected, found), ((SETUP_LEN + 0x1000) as u64, len as u64));
+        }
+    }
+
+    #[test]
+    fn what_follows_the_image_is_not_loaded() {
+        let mut image = bzimage(&[0x90; 0x1000]);
+        image.extend([0xee; 64]);
+        let (memory, kernel) = (dirty_memory(16), file(&image));
+        let loaded = load(&memory, &request(&kernel, &map(16))).unwrap();
+        assert_eq!(read(&memory, loaded.kernel.0 + 0xfff, 2), [0x90, 0xa5]);
+    }
+
+    #[test]
+    fn a_preferred_address_is_aligned_if_the_kernel_is_relocatable() {
+        let mut image = bzimage(&[0x90; 0x1000]);
+        put(&mut image, 0x258, &0x30_0000u64.to_le_bytes());
+        let kernel_range = |image: &[u8]| load(&dirty_memory(16), &request(&file(image), &map(16))).unwrap().kernel;
+        assert_eq!(kernel_range(&image), (0x40_0000, 0x40_0000 + INIT_SIZE));
+        put(&mut image, 0x234, &[0]);
+        assert_eq!(kernel_range(&image), (0x30_0000, 0x30_0000 + INIT_SIZE));
+    }
+
+    #[test]
+    fn fields_the_header_does_not_have_are_zero() {
+        // A header that ends behind xloadflags, cmdline_size and pref_address missing: code follows in their place.
+        let mut image = bzimage(&[0x90; 0x1000]);
+        put(&mut image, 0x201, &[0x36]);
+        put(&mut image, 0x238, &[0xff; 0x34]);
+        let error = parse(&image, image.len() as u64).map(|_| ()).unwrap_err();
+        assert!(matches!(error, BootError::Damaged { what: "init_size is smaller than the image", .. }), "{error:?}");
+    }
+}

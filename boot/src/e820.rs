@@ -78,3 +78,44 @@ fn union(ranges: &[Range<u64>]) -> Vec<Range<u64>> {
     }
     union
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn a_machine_with_memory_past_the_hole() {
+        let ram = [0..0xc000_0000, 0x1_0000_0000..0x1_4000_0000];
+        let map = map(&ram, &[0xe000_0000..0xe010_0000, 0x9_fc00..0x10_0000]);
+        let expected = [
+            (0, 0x9_fc00, Kind::Ram),
+            (0x9_fc00, 0x6_0400, Kind::Reserved),
+            (0x10_0000, 0xbff0_0000, Kind::Ram),
+            (0xe000_0000, 0x10_0000, Kind::Reserved),
+            (0x1_0000_0000, 0x4000_0000, Kind::Ram),
+        ];
+        assert_eq!(map, expected.map(|(base, len, kind)| Entry { base, len, kind }));
+    }
+
+    fn ranges() -> impl Strategy<Value = Vec<Range<u64>>> {
+        proptest::collection::vec((0..40u64, 0..12u64).prop_map(|(start, len)| start..start + len), 0..6)
+    }
+
+    proptest! {
+        #[test]
+        fn every_address_is_what_the_ranges_say(ram in ranges(), reserved in ranges()) {
+            let map = map(&ram, &reserved);
+            prop_assert!(map.windows(2).all(|pair| pair[0].end() <= pair[1].base));
+            prop_assert!(map.windows(2).all(|pair| pair[0].end() < pair[1].base || pair[0].kind != pair[1].kind));
+            prop_assert!(map.iter().all(|entry| entry.len > 0));
+            for address in 0..60 {
+                let is = |ranges: &[Range<u64>]| ranges.iter().any(|range| range.contains(&address));
+                let expected = if is(&reserved) { Some(Kind::Reserved) } else { is(&ram).then_some(Kind::Ram) };
+                let found = map.iter().find(|entry| (entry.base..entry.end()).contains(&address));
+                prop_assert_eq!(found.map(|entry| entry.kind), expected);
+            }
+        }
+    }
+}

@@ -260,3 +260,111 @@ fn pvh_entry(mut notes: &[u8]) -> Option<u32> {
     }
     None
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::synthetic::{
+        ELF_DATA, LOAD, NOTE, Part, dirty_memory, elf, file, map, note, put, pvh_notes, read, request,
+    };
+    use crate::{Loaded, load};
+
+    fn error_of(image: &[u8]) -> BootError {
+        Elf::parse(image, image.len() as u64).unwrap_err()
+    }
+
+    fn plain() -> Vec<u8> {
+        elf(0x10_0000, &[Part(LOAD, &[0xf4; 64], 0x10_0000, 64)])
+    }
+
+    #[test]
+    fn other_architectures_and_kinds_are_named() {
+        let changes: [(usize, &[u8], &str); 6] = [
+            (4, &[1], "32-bit ELF file"),
+            (18, &[183, 0], "ELF file for aarch64"),
+            (18, &[243, 0], "ELF file for RISC-V"),
+            (16, &[1, 0], "ELF file, but an object file or kernel module"),
+            (64, &[3], "ELF file, but a program for an operating system"),
+            (64, &[6], "ELF file, but one without anything to load"),
+        ];
+        for (offset, bytes, expected) in changes {
+            let mut image = plain();
+            put(&mut image, offset, bytes);
+            let message = error_of(&image).to_string();
+            assert!(message.starts_with(expected), "{message}");
+        }
+    }
+
+    #[test]
+    fn images_cut_short() {
+        let image = plain();
+        for (len, expected) in [(40, 64), (100, 120), (ELF_DATA + 63, ELF_DATA + 64)] {
+            let error = error_of(&image[..len]);
+            let BootError::Truncated { expected: found, .. } = error else { panic!("{error:?}") };
+            assert_eq!(found, expected as u64);
+        }
+    }
+
+    #[test]
+    fn headers_that_contradict_themselves() {
+        let overlap = elf(0x10_0000, &[Part(LOAD, &[0; 8], 0x10_0000, 64), Part(LOAD, &[0; 8], 0x10_003f, 64)]);
+        let shrunk = elf(0x10_0000, &[Part(LOAD, &[0; 64], 0x10_0000, 63)]);
+        let wrapping = elf(0x10_0000, &[Part(LOAD, &[0; 64], u64::MAX - 10, 64)]);
+        let mut far = plain();
+        put(&mut far, 64 + 8, &u64::MAX.to_le_bytes());
+        for (image, what) in [
+            (overlap, "overlap"),
+            (shrunk, "larger in the file"),
+            (wrapping, "largest address"),
+            (far, "largest offset"),
+        ] {
+            let message = error_of(&image).to_string();
+            assert!(message.starts_with("damaged ELF kernel") && message.contains(what), "{message}");
+        }
+    }
+
+    #[test]
+    fn segments_go_to_their_physical_addresses_and_bss_is_zero() {
+        let parts = [Part(LOAD, &[2; 100], 0x20_0000, 0x3000), Part(LOAD, &[1; 100], 0x10_0000, 100)];
+        let (memory, kernel) = (dirty_memory(16), file(&elf(0x10_0000, &parts)));
+        let Loaded { kernel, .. } = load(&memory, &request(&kernel, &map(16))).unwrap();
+        assert_eq!(kernel, (0x10_0000, 0x20_3000));
+        assert_eq!(read(&memory, 0x10_0000, 101), [[1; 100].as_slice(), &[0xa5]].concat());
+        assert_eq!(read(&memory, 0x20_0000, 0x3001), [[2; 100].as_slice(), &[0; 0x3000 - 100], &[0xa5]].concat());
+    }
+
+    #[test]
+    fn a_segment_without_ram_under_it() {
+        let low = file(&elf(0x1000, &[Part(LOAD, &[0; 8], 0x1000, 8)]));
+        let error = load(&dirty_memory(16), &request(&low, &map(16))).unwrap_err();
+        assert!(error.to_string().starts_with("the kernel wants to be at 0x1000..0x1008, which is not RAM"), "{error}");
+        let high = file(&elf(0x1000_0000, &[Part(LOAD, &[0; 8], 0x1000_0000, 0x10_0000)]));
+        let error = load(&dirty_memory(16), &request(&high, &map(16))).unwrap_err();
+        assert!(error.to_string().starts_with("the kernel needs at least 257 MiB of memory"), "{error}");
+    }
+
+    #[test]
+    fn only_the_xen_note_of_the_right_type_is_the_entry() {
+        assert_eq!(pvh_entry(&pvh_notes(0x1234)), Some(0x1234));
+        assert_eq!(pvh_entry(&note(b"Xen\0", 17, &[1; 8])), None);
+        assert_eq!(pvh_entry(&note(b"Xen", 18, &[1; 8])), None);
+        assert_eq!(pvh_entry(&note(b"Xen\0", 18, &[1; 2])), None);
+        let whole = note(b"Xen\0", 18, &[1; 4]);
+        assert_eq!(pvh_entry(&whole), Some(0x0101_0101));
+        for len in 0..whole.len() {
+            assert_eq!(pvh_entry(&whole[..len]), None);
+        }
+        let mut endless = note(b"Xen\0", 17, &[]);
+        put(&mut endless, 0, &[0xff; 8]);
+        assert_eq!(pvh_entry(&endless), None);
+    }
+
+    #[test]
+    fn a_note_of_no_size_a_kernel_has_is_passed_over() {
+        let huge = vec![0; NOTES_MAX as usize + 4];
+        let image = elf(0x10_0000, &[Part(LOAD, &[0xf4; 64], 0x10_0000, 64), Part(NOTE, &huge, 0, 0)]);
+        let mut elf = Elf::parse(&image, image.len() as u64).unwrap();
+        elf.find_pvh_entry(&file(&image)).unwrap();
+        assert_eq!(elf.pvh_entry, None);
+    }
+}

@@ -56,3 +56,58 @@ fn place(size: u64, floor: u64, max: u64, e820: &[Entry]) -> Result<u64, BootErr
     }
     highest.ok_or(BootError::InitrdTooBig { size, free, limit })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::e820;
+    use crate::synthetic::{bzimage, file, map, memory, put, request};
+    use crate::{Subject, load as load_kernel};
+
+    #[test]
+    fn as_high_as_the_kernel_and_the_memory_allow() {
+        let hole = e820::map(&[0..0xc000_0000, 0x1_0000_0000..0x2_0000_0000], &[]);
+        assert_eq!(place(1, 0x10_0000, 0xffff_ffff, &hole).unwrap(), 0xbfff_f000, "below the PCI hole");
+        assert_eq!(place(0x1001, 0x10_0000, 0x7fff_ffff, &hole).unwrap(), 0x7fff_e000, "up to initrd_addr_max");
+        assert_eq!(place(0x1000, 0x10_0000, 0x37ff_fffe, &hole).unwrap(), 0x37ff_e000, "an odd limit");
+        let small = map(16);
+        assert_eq!(place(0xf0_0000, 0x10_0000, 0xffff_ffff, &small).unwrap(), 0x10_0000, "all there is");
+        assert_eq!(place(1, 0xff_e001, 0xffff_ffff, &small).unwrap(), 0xff_f000, "the page above the kernel");
+    }
+
+    #[test]
+    fn no_place_is_an_error_with_both_sizes() {
+        let error = place(11 << 20, 0x60_0000, 0x7fff_ffff, &map(16)).unwrap_err();
+        assert_eq!(error.subject(), Subject::Initrd);
+        assert_eq!(
+            error.to_string(),
+            "the initrd of 11 MiB does not fit: 10 MiB are free above the kernel (below 0x80000000); give the machine \
+             more memory or make the initrd smaller"
+        );
+        for (size, floor) in [(u64::MAX, 0), (1, u64::MAX), (1, 0xff_f001)] {
+            let result = place(size, floor, u64::MAX, &map(16));
+            assert!(matches!(result, Err(BootError::InitrdTooBig { .. })), "{result:?}");
+        }
+    }
+
+    #[test]
+    fn initrd_addr_max_of_the_image_counts() {
+        let mut image = bzimage(&[0x90; 0x1000]);
+        put(&mut image, 0x22c, &0x0077_ffffu32.to_le_bytes());
+        let (kernel, initrd, e820) = (file(&image), file(&[1; 0x1000]), map(16));
+        let request = crate::Request { initrd: Some(&initrd), ..request(&kernel, &e820) };
+        assert_eq!(load_kernel(&memory(16), &request).unwrap().initrd, Some((0x77_f000, 0x78_0000)));
+    }
+
+    #[test]
+    fn files_that_are_no_initrd() {
+        let (kernel, e820) = (file(&bzimage(&[0x90; 0x1000])), map(16));
+        let (empty, directory) = (file(b""), File::open("/").unwrap());
+        for (initrd, expected) in [(&empty, "the file is empty"), (&directory, "not a regular file")] {
+            let request = crate::Request { initrd: Some(initrd), ..request(&kernel, &e820) };
+            let error = load_kernel(&memory(16), &request).unwrap_err();
+            assert_eq!(error.subject(), Subject::Initrd);
+            assert!(error.to_string().starts_with(expected), "{error}");
+        }
+    }
+}

@@ -187,3 +187,71 @@ fn looks_like(head: &[u8]) -> &'static str {
         "data of an unknown kind"
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Subject;
+    use crate::synthetic::{self, bzimage, elf, map, memory, put, request};
+
+    fn error_of(kernel: &File) -> String {
+        let error = crate::load(&memory(16), &request(kernel, &map(16))).unwrap_err();
+        assert_eq!(error.subject(), Subject::Kernel);
+        let message = error.to_string();
+        assert!(!message.contains('\n'), "{message}");
+        message
+    }
+
+    #[test]
+    fn files_that_are_no_kernel_are_named() {
+        assert!(error_of(&synthetic::file(b"")).starts_with("the file is empty"));
+        assert!(error_of(&File::open("/").unwrap()).starts_with("not a regular file"));
+        let mut disk = vec![0; 1024];
+        put(&mut disk, 510, &[0x55, 0xaa]);
+        let samples: [(&[u8], &str); 8] = [
+            (b"Dear kernel,\nplease boot.\n", "a text file"),
+            ("gr\u{fc}\u{df}e".as_bytes(), "a text file"),
+            (b"#!/bin/sh\n", "a script"),
+            (b"070701000", "a cpio archive"),
+            (b"\x1f\x8b\x08\0", "a gzip file"),
+            (&disk, "a boot sector or disk image"),
+            (&[0; 4096], "a file of zeros"),
+            (b"\x01\x02\x03", "data of an unknown kind"),
+        ];
+        for (bytes, name) in samples {
+            let message = error_of(&synthetic::file(bytes));
+            assert!(message.starts_with(&format!("not a kernel: it looks like {name}")), "{message}");
+        }
+        let mut arm = b"MZ".to_vec();
+        arm.resize(0x40, 0);
+        put(&mut arm, 0x38, b"ARM\x64");
+        assert!(error_of(&synthetic::file(&arm)).contains("a Linux kernel for arm64"));
+    }
+
+    #[test]
+    fn places_without_ram() {
+        let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 8 << 20), (GuestAddress(1 << 32), 8 << 20)]);
+        let memory = memory.unwrap();
+        assert!(check_place(&memory, 0x10_0000, 0x80_0000).is_ok());
+        assert_eq!(ram_below_hole(&memory), 8 << 20);
+        let check = |start, end| check_place(&memory, start, end).unwrap_err();
+        assert!(matches!(check(0x70_0000, 0x80_0001), BootError::MemoryTooSmall { needed: 0x80_0001, .. }));
+        for (start, end) in [(0xf_f000, 0x20_0000), (0xfee0_0000, 0xfee0_1000), (1 << 32, (1 << 32) + 1), (3, 2)] {
+            assert!(matches!(check(start, end), BootError::OutsideRam { .. }));
+        }
+    }
+
+    #[test]
+    fn an_entry_outside_the_kernel_is_an_error() {
+        let image = elf(0x30_0000, &[synthetic::Part(synthetic::LOAD, &[0; 16], 0x10_0000, 16)]);
+        assert!(error_of(&synthetic::file(&image)).contains("its entry address is in no segment"));
+    }
+
+    #[test]
+    fn signatures_are_not_taken_for_kernels() {
+        let mut image = bzimage(&[0x90; 0x1000]);
+        put(&mut image, 0x202, b"hdrs");
+        put(&mut image, 0, b"MZ");
+        assert!(error_of(&synthetic::file(&image)).contains("an EFI or Windows program"));
+    }
+}

@@ -150,3 +150,132 @@ impl Compression {
         BootError::CorruptPayload { payload: self.name(), what: what.to_owned() }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::synthetic::{
+        LOAD, Part, bzimage_with_payload, dirty_memory, elf, file, lz4_frame, lz4_literals, map, pvh_notes, read,
+        request,
+    };
+    use crate::{Entered, Protocol, Request, Unpack, load};
+
+    fn unpacked(image: &[u8]) -> Result<Vec<u8>, BootError> {
+        let file = file(image);
+        let mut content = Vec::new();
+        Payload::open(&file)?.unpack(|at, piece| {
+            assert_eq!(at, content.len() as u64);
+            content.extend(piece);
+            Ok(())
+        })?;
+        Ok(content)
+    }
+
+    /// A kernel longer than a block of LZ4, with its notes behind the first one.
+    fn vmlinux() -> (Vec<u8>, Vec<u8>) {
+        let text: Vec<u8> = (0..LZ4_BLOCK + 0x5000).map(|at| (at / 7) as u8).collect();
+        let data = pvh_notes(0x10_0020);
+        let mut image = elf(
+            0x10_0000,
+            &[
+                Part(LOAD, &text, 0x10_0000, text.len() as u64),
+                Part(LOAD, &data, 0x100_0000, data.len() as u64 + 0x1000),
+                Part(4, &[], 0x100_0000, 0),
+            ],
+        );
+        // The notes are part of the data, as a linker puts them.
+        let at = 64 + 56;
+        let (offset, len) = (image[at + 8..at + 16].to_vec(), image[at + 32..at + 40].to_vec());
+        image[at + 56 + 8..at + 56 + 16].copy_from_slice(&offset);
+        image[at + 56 + 32..at + 56 + 40].copy_from_slice(&len);
+        (image, text)
+    }
+
+    fn packed(vmlinux: &[u8]) -> Vec<u8> {
+        let mut image = bzimage_with_payload(&lz4_frame(vmlinux), vmlinux.len() as u32);
+        image[0x260..0x264].copy_from_slice(&(16u32 << 20).to_le_bytes());
+        image
+    }
+
+    #[test]
+    fn a_vmlinux_of_several_blocks_boots_by_either_entry() {
+        let (vmlinux, text) = vmlinux();
+        let (image, e820) = (file(&packed(&vmlinux)), map(32));
+        for (protocol, entered, rip) in [
+            (Protocol::Auto, Entered::Linux, 0x10_0000),
+            (Protocol::Linux, Entered::Linux, 0x10_0000),
+            (Protocol::Pvh, Entered::Pvh, 0x10_0020),
+        ] {
+            let memory = dirty_memory(32);
+            let loaded = load(&memory, &Request { protocol, unpack: Unpack::Host, ..request(&image, &e820) }).unwrap();
+            assert_eq!((loaded.entered, loaded.state.rip, loaded.unpacked), (entered, rip, Some(Compression::Lz4)));
+            assert!(read(&memory, 0x10_0000, text.len()) == text);
+            assert_eq!(loaded.kernel.1, 0x100_1000 + pvh_notes(0).len() as u64);
+            assert_eq!(read(&memory, loaded.kernel.1 - 0x1000, 0x1000), [0; 0x1000], "BSS");
+            if entered == Entered::Linux {
+                let alignment = read(&memory, loaded.state.rsi + 0x235, 1);
+                assert_eq!(alignment, [21], "the header of the bzImage is passed on");
+            }
+        }
+    }
+
+    #[test]
+    fn an_elf_ignores_who_unpacks() {
+        let image = elf(0x10_0000, &[Part(LOAD, &[0xf4; 64], 0x10_0000, 64)]);
+        let (image, e820) = (file(&image), map(16));
+        let loaded = load(&dirty_memory(16), &Request { unpack: Unpack::Host, ..request(&image, &e820) }).unwrap();
+        assert_eq!(loaded.unpacked, None);
+    }
+
+    #[test]
+    fn other_compressions_are_left_to_the_guest() {
+        for (magic, name) in
+            [(b"\x1f\x8b\x08\0".as_slice(), "gzip"), (b"\x28\xb5\x2f\xfd", "zstd"), (b"what", "unknown")]
+        {
+            let error = unpacked(&bzimage_with_payload(&[magic, &[0; 64]].concat(), 64)).unwrap_err();
+            assert!(matches!(error, BootError::Unpack { .. }), "{error:?}");
+            let expected = format!("cannot unpack the {name} payload of the bzImage on the host");
+            assert!(error.to_string().starts_with(&expected), "{error}");
+        }
+    }
+
+    #[test]
+    fn corrupt_frames() {
+        let content = [9; 100];
+        let block = lz4_literals(&content);
+        let frame =
+            |size: u32, block: &[u8]| [0x184c_2102u32.to_le_bytes().as_slice(), &size.to_le_bytes(), block].concat();
+        let size = block.len() as u32;
+        assert_eq!(unpacked(&bzimage_with_payload(&frame(size, &block), 100)).unwrap(), content);
+        let short = lz4_frame(&content)[4..].to_vec();
+        for (payload, len, what) in [
+            (frame(size, &block), 99, "longer than"),
+            (frame(size, &block), 101, "shorter than"),
+            (frame(size + 1, &block), 100, "past the end"),
+            (frame(u32::MAX, &block), 100, "too large"),
+            (frame(size, &block)[..9].to_vec(), 100, "past the end"),
+            ([frame(size, &block), short].concat(), 200, "in the middle"),
+            (frame(size, &vec![0xff; block.len()]), 100, ""),
+            (frame(size, &block), 1 << 30, "init_size"),
+        ] {
+            let error = unpacked(&bzimage_with_payload(&payload, len)).unwrap_err();
+            let BootError::CorruptPayload { payload: "LZ4", .. } = &error else { panic!("{error:?}") };
+            assert!(error.to_string().contains(what), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_payload_that_is_no_elf() {
+        let (image, e820) = (file(&bzimage_with_payload(&lz4_frame(&[9; 100]), 100)), map(16));
+        let error = load(&dirty_memory(16), &Request { unpack: Unpack::Host, ..request(&image, &e820) }).unwrap_err();
+        assert!(error.to_string().contains("it is not an ELF image"), "{error}");
+    }
+
+    #[test]
+    fn a_payload_outside_the_image() {
+        let mut image = bzimage_with_payload(&lz4_frame(&[9; 100]), 100);
+        image[0x24c..0x250].copy_from_slice(&u32::MAX.to_le_bytes());
+        let error = unpacked(&image).unwrap_err();
+        assert!(matches!(error, BootError::Damaged { what: "its payload is not inside it", .. }), "{error:?}");
+    }
+}

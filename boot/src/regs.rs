@@ -218,3 +218,35 @@ fn write_page_tables(memory: &GuestMemoryMmap) -> Result<(), BootError> {
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::synthetic;
+
+    #[test]
+    fn the_gdt_holds_what_the_segment_registers_hide() {
+        // Flat segments as every text on the x86 writes them, and a TSS of 0x68 bytes at 0.
+        for (enter, code) in [(linux as fn(&_, _) -> _, 0x00af_9b00_0000_ffff_u64), (pvh, 0x00cf_9b00_0000_ffff)] {
+            let memory = synthetic::memory(1);
+            let state: InitialState = enter(&memory, 0).unwrap();
+            let at = |selector: u16| memory.read_obj::<u64>(GuestAddress(GDT + u64::from(selector))).unwrap();
+            assert_eq!(state.gdt.base, GDT);
+            assert_eq!(at(0), 0);
+            assert_eq!(at(state.cs.selector), code);
+            assert_eq!(at(state.ds.selector), 0x00cf_9300_0000_ffff);
+            assert_eq!(at(state.tr.selector), 0x0000_8b00_0000_0067);
+            assert!(state.gdt.limit >= state.tr.selector + 15, "a descriptor of 16 bytes in long mode");
+            assert!(state.ldt.unusable);
+        }
+    }
+
+    #[test]
+    fn page_tables_replace_what_was_there() {
+        let memory = synthetic::dirty_memory(1);
+        linux(&memory, 0).unwrap();
+        let entry = |at: u64| memory.read_obj::<u64>(GuestAddress(at)).unwrap();
+        assert_eq!((entry(PML4), entry(PML4 + 8), entry(PDPT + 24), entry(PDPT + 32)), (0xa003, 0, 0xe003, 0));
+        assert_eq!(entry(0xe000 + 511 * 8), 0xffe0_0083, "the last 2 MiB below 4 GiB");
+    }
+}

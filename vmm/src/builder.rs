@@ -19,6 +19,7 @@ use devices::serial::Serial;
 use devices::virtio::blk::{Blk, BlkOptions};
 use devices::virtio::device::VirtioDevice;
 use devices::virtio::pci::VirtioPci;
+use devices::virtio::rng::Rng;
 use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, KVM_PIT_SPEAKER_DUMMY, kvm_enable_cap, kvm_pit_config};
 use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 use vm_memory::GuestMemoryMmap;
@@ -183,9 +184,11 @@ impl VmBuilder<'_> {
             (device, config.ioeventfd)
         });
 
+        let rng: Box<dyn VirtioDevice> = Box::new(Rng::new().context("no source of random numbers")?);
+
         let mut functions = Vec::new();
         let mut next_gsi = gsi::IOAPIC_PINS;
-        for (device, ioeventfd) in disks {
+        for (device, ioeventfd) in disks.chain([(rng, true)]) {
             let function =
                 VirtioPci::new(device, memory.clone(), next_gsi, interrupts.clone(), interrupts.clone(), ioeventfd)
                     .context("no eventfds for a virtio device; raise the limit of open files (ulimit -n)")?;

@@ -56,8 +56,7 @@ impl ExitReason {
             Self::TripleFault => 6,
             Self::KvmError => 8,
             Self::Forced => 10,
-            // The low byte is all a process can return; QEMU's isa-debug-exit loses the rest the same way.
-            Self::DebugExit(value) => ((value << 1) | 1) as u8,
+            Self::DebugExit(value) => devices::debug_exit::exit_status(value),
         }
     }
 }

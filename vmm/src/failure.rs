@@ -7,6 +7,8 @@ use std::fmt::Write;
 use kvm_ioctls::VcpuFd;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
+use crate::doctor::{self, KvmKind, SOFTWARE_KVM};
+
 /// The ways KVM gives up.
 #[derive(Debug)]
 pub(crate) enum Failure {
@@ -81,6 +83,9 @@ pub(crate) fn describe(fd: &mut VcpuFd, id: u32, memory: &GuestMemoryMmap, failu
         Err(error) => {
             let _ = write!(text, "; its registers cannot be read ({error})");
         }
+    }
+    if matches!(doctor::kvm_kind(), Ok(KvmKind::Software { .. })) {
+        let _ = write!(text, "; {SOFTWARE_KVM}");
     }
     text
 }

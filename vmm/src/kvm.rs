@@ -37,7 +37,8 @@ const fn needs(number: u32, name: &'static str, purpose: &'static str) -> Capabi
     Capability { number, name, purpose }
 }
 
-/// All that skiff needs of KVM; nothing here is optional.
+/// All that skiff needs of KVM on every host. KVM_CAP_XCRS and KVM_CAP_XSAVE are not among them: a KVM on a processor
+/// without XSAVE lacks them, and its guests do not miss them.
 pub const REQUIRED: [Capability; 18] = [
     needs(KVM_CAP_USER_MEMORY, "KVM_CAP_USER_MEMORY", "guest memory"),
     needs(KVM_CAP_SET_TSS_ADDR, "KVM_CAP_SET_TSS_ADDR", "real mode on Intel"),
@@ -59,35 +60,32 @@ pub const REQUIRED: [Capability; 18] = [
     needs(KVM_CAP_IMMEDIATE_EXIT, "KVM_CAP_IMMEDIATE_EXIT", "stopping a CPU without losing a signal"),
 ];
 
-/// Why there is no usable KVM. Each is one line with the remedy.
+/// Why there is no usable KVM. Shown as one line: the finding, then the remedy.
 #[derive(Debug, thiserror::Error)]
+#[error("{}; {}", self.finding(), self.remedy())]
 pub enum KvmError {
     /// No device node.
-    #[error("{path}: no such device; {remedy}")]
     Missing {
         /// The device.
         path: PathBuf,
-        /// What to do on this host.
-        remedy: String,
+        /// Says what to do.
+        processor: Processor,
     },
     /// The device may not be opened.
-    #[error("{path}: permission denied; {NO_RIGHTS}")]
     NoRights {
         /// The device.
         path: PathBuf,
     },
     /// The device does not open for another reason.
-    #[error("{path}: {cause}; {remedy}")]
     Open {
         /// The device.
         path: PathBuf,
         /// What open(2) says.
         cause: io::Error,
-        /// What to do on this host.
-        remedy: String,
+        /// Says what to do.
+        processor: Processor,
     },
     /// The file is no KVM device, or one of another age.
-    #[error("{path}: KVM API version {found}, but 12 is needed; {NOT_KVM}")]
     ApiVersion {
         /// The device.
         path: PathBuf,
@@ -95,22 +93,34 @@ pub enum KvmError {
         found: i32,
     },
     /// A capability is missing.
-    #[error("/dev/kvm: this KVM lacks {} ({}); {LACKING}", .0.name, .0.purpose)]
     Lacks(&'static Capability),
 }
 
-const NO_RIGHTS: &str = "add yourself to its group with \"sudo usermod -aG kvm $USER\", then log in again";
-const NOT_KVM: &str = "is it a character device made by the kvm module? \"sudo modprobe kvm\" makes it";
-const LACKING: &str = "a host with VT-x or SVM has it in Linux 5.4 or newer";
-
 impl KvmError {
-    /// What to do, without what is wrong.
-    pub fn remedy(&self) -> String {
+    /// What is wrong, without the remedy.
+    pub fn finding(&self) -> String {
         match self {
-            Self::Missing { remedy, .. } | Self::Open { remedy, .. } => remedy.clone(),
-            Self::NoRights { .. } => NO_RIGHTS.to_owned(),
-            Self::ApiVersion { .. } => NOT_KVM.to_owned(),
-            Self::Lacks(_) => LACKING.to_owned(),
+            Self::Missing { path, .. } => format!("{}: no such device", path.display()),
+            Self::NoRights { path } => format!("{}: permission denied", path.display()),
+            Self::Open { path, cause, .. } => format!("{}: {cause}", path.display()),
+            Self::ApiVersion { path, found } => {
+                format!("{}: KVM API version {found}, but {API_VERSION} is needed", path.display())
+            }
+            Self::Lacks(capability) => {
+                format!("{DEVICE}: this KVM lacks {} ({})", capability.name, capability.purpose)
+            }
+        }
+    }
+
+    /// What to do, without what is wrong.
+    pub fn remedy(&self) -> &'static str {
+        match self {
+            Self::Missing { processor, .. } | Self::Open { processor, .. } => processor.remedy(),
+            Self::NoRights { .. } => "add yourself to its group with \"sudo usermod -aG kvm $USER\", then log in again",
+            Self::ApiVersion { .. } => {
+                "it should be the character device that the kvm module makes; \"sudo modprobe kvm\" makes it"
+            }
+            Self::Lacks(_) => "a host with VT-x or SVM has it in Linux 5.4 or newer",
         }
     }
 }
@@ -139,11 +149,9 @@ pub fn open_under(root: &Path) -> Result<Kvm, KvmError> {
         Err(error) => {
             let cause = io::Error::from_raw_os_error(error.errno());
             return Err(match cause.kind() {
-                io::ErrorKind::NotFound => {
-                    KvmError::Missing { path, remedy: Processor::under(root).remedy().to_owned() }
-                }
+                io::ErrorKind::NotFound => KvmError::Missing { path, processor: Processor::under(root) },
                 io::ErrorKind::PermissionDenied => KvmError::NoRights { path },
-                _ => KvmError::Open { path, cause, remedy: Processor::under(root).remedy().to_owned() },
+                _ => KvmError::Open { path, cause, processor: Processor::under(root) },
             });
         }
     };
@@ -252,10 +260,7 @@ mod tests {
             KvmError::Lacks(&REQUIRED[0]),
         ] {
             let line = error.to_string();
-            assert!(
-                line.starts_with("/dev/kvm: ") && line.ends_with(&error.remedy()) && !line.contains('\n'),
-                "{line}"
-            );
+            assert!(line.starts_with("/dev/kvm: ") && line.ends_with(error.remedy()) && !line.contains('\n'), "{line}");
         }
         assert_eq!(
             KvmError::Lacks(&REQUIRED[8]).to_string(),

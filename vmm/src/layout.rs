@@ -44,6 +44,22 @@ pub mod port {
     pub const PVPANIC: u16 = 0x505;
     /// ACPI sleep control register; the sleep status register is 1 above.
     pub const ACPI_SLEEP: u16 = 0x600;
+    /// Ports of isa-debug-exit, whose first one the user names.
+    pub const DEBUG_EXIT_WIDTH: u16 = devices::debug_exit::PORTS as u16;
+
+    /// First and last port of all that the machine always has, KVM's own devices included, and whose they are.
+    pub const OCCUPIED: [(u16, u16, &str); 10] = [
+        (0x20, 0x21, "the interrupt controller"),
+        (0x40, 0x43, "the timer"),
+        (I8042, I8042 + 4, "the keyboard controller"),
+        (RTC, RTC + 1, "the clock"),
+        (0xa0, 0xa1, "the interrupt controller"),
+        (COM1, COM1 + 7, "COM1"),
+        (0x4d0, 0x4d1, "the interrupt controller"),
+        (PVPANIC, PVPANIC, "pvpanic"),
+        (ACPI_SLEEP, ACPI_SLEEP + 1, "ACPI sleep"),
+        (PCI_CONFIG, PCI_CONFIG + 7, "PCI"),
+    ];
 }
 
 /// Global system interrupts.

@@ -4,6 +4,7 @@ pub mod builder;
 pub mod config;
 pub mod console;
 pub mod cpuid;
+pub mod doctor;
 pub mod exit;
 mod failure;
 pub mod irq;

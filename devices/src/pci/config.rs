@@ -225,3 +225,129 @@ impl Bars {
         self.specs.iter().enumerate().filter_map(|(index, spec)| Some((index, (*spec)?)))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const IDENTITY: Identity = Identity {
+        vendor: 0x1af4,
+        device: 0x1042,
+        revision: 1,
+        class: 0x01_80_02,
+        subsystem_vendor: 0x1234,
+        subsystem: 0x5678,
+    };
+
+    fn read(config: &Configuration, offset: u16) -> u32 {
+        let mut data = [0; 4];
+        config.read(offset, &mut data);
+        u32::from_le_bytes(data)
+    }
+
+    /// A 64-bit BAR of 64 KiB in registers 0 and 1, a 32-bit one of 4 KiB in register 2, two capabilities.
+    fn function() -> Configuration {
+        let mut config = Configuration::new(IDENTITY);
+        config.add_memory_bar(0, 0x1_0000, BarWidth::Bits64);
+        config.add_memory_bar(2, 0x1000, BarWidth::Bits32);
+        assert_eq!(config.add_capability(0x11, &[1; 10], &[0, 0xc0]), 0x40);
+        assert_eq!(config.add_capability(0x09, &[2; 15], &[]), 0x4c);
+        config
+    }
+
+    #[test]
+    fn the_header_is_where_the_specification_has_it() {
+        let config = function();
+        assert_eq!(read(&config, 0x00), 0x1042_1af4);
+        assert_eq!(read(&config, 0x04), 0x0010_0000, "only the capability list bit");
+        assert_eq!(read(&config, 0x08), 0x0180_0201);
+        assert_eq!(read(&config, 0x0c), 0, "type 0, one function");
+        assert_eq!(read(&config, 0x2c), 0x5678_1234);
+        assert_eq!(read(&config, 0x34), 0x40);
+        assert_eq!(read(&config, 0x3c), 0, "no interrupt pin");
+        assert_eq!(read(&config, 0x40), 0x0101_4c11);
+        assert_eq!(read(&config, 0x4c), 0x0202_0009, "the last of the list");
+    }
+
+    #[test]
+    fn sizing_shows_the_size_and_the_kind() {
+        let mut config = function();
+        for register in [0x10, 0x14, 0x18, 0x1c, 0x20, 0x24, 0x30] {
+            config.write(register, &[0xff; 4]);
+        }
+        let answers: Vec<_> = [0x10, 0x14, 0x18, 0x1c, 0x20, 0x24, 0x30].map(|at| read(&config, at)).into();
+        assert_eq!(answers, [0xffff_0004, 0xffff_ffff, 0xffff_f000, 0, 0, 0, 0]);
+    }
+
+    #[test]
+    fn a_bar_decodes_while_it_is_enabled_and_has_an_address() {
+        let mut config = function();
+        let bars = config.bars();
+        let at = |config: &Configuration, index| {
+            bars.follow(config);
+            bars.base(index)
+        };
+        config.write(0x04, &[2]);
+        assert_eq!(at(&config, 0), None, "no address");
+        config.write(0x10, &0xc012_ffff_u32.to_le_bytes());
+        assert_eq!(at(&config, 0), Some(0xc012_0000));
+        config.write(0x14, &[0x34, 0x12]);
+        assert_eq!(at(&config, 0), Some(0x1234_c012_0000));
+        config.write(0x18, &0xd000_1000_u32.to_le_bytes());
+        assert_eq!([at(&config, 1), at(&config, 2), at(&config, 9)], [None, Some(0xd000_1000), None]);
+        assert_eq!(bars.find(0xd000_1ffc, 4), Some((2, 0xffc)));
+        assert_eq!(bars.find(0xd000_1ffd, 4), None, "across the end");
+        assert_eq!(bars.find(0xd000_0fff, 1), None);
+        config.write(0x04, &[0]);
+        assert_eq!([at(&config, 0), at(&config, 2)], [None, None]);
+        assert_eq!(bars.find(0xd000_1ffc, 4), None);
+        config.write(0x04, &[2]);
+        config.reset();
+        assert_eq!([at(&config, 0), at(&config, 2)], [None, None]);
+        assert_eq!([read(&config, 0x04), read(&config, 0x10)], [0x0010_0000, 4]);
+    }
+
+    #[test]
+    fn past_the_space_are_ones() {
+        let mut config = function();
+        config.write(0xfe, &[0; 8]);
+        let mut data = [0; 8];
+        config.read(0xfc, &mut data);
+        assert_eq!(data, [0, 0, 0, 0, 0xff, 0xff, 0xff, 0xff]);
+        config.read(u16::MAX, &mut data);
+        assert_eq!(data, [0xff; 8]);
+    }
+
+    #[test]
+    #[should_panic(expected = "BAR 1 is taken")]
+    fn a_bar_takes_both_registers() {
+        function().add_memory_bar(1, 0x1000, BarWidth::Bits32);
+    }
+
+    proptest! {
+        /// Whatever is written, only these bits change (PCI Local Bus 3.0, figure 6-1 and 6.2; MSI-X control 6.8.2.3).
+        #[test]
+        fn only_writable_bits_change(writes in prop::collection::vec((0_u16..0x110, prop::collection::vec(any::<u8>(), 1..9)), 1..50)) {
+            let fresh = function();
+            let mut config = function();
+            for (offset, data) in writes {
+                config.write(offset, &data);
+            }
+            for register in (0..0x100).step_by(4) {
+                let writable = match register {
+                    0x04 => 0x0000_0546,
+                    0x0c | 0x3c => 0x0000_00ff,
+                    0x10 => 0xffff_0000,
+                    0x14 => 0xffff_ffff,
+                    0x18 => 0xffff_f000,
+                    0x40 => 0xc000_0000,
+                    _ => 0,
+                };
+                let changed = read(&config, register) ^ read(&fresh, register);
+                prop_assert_eq!(changed & !writable, 0, "register {:#x}", register);
+            }
+        }
+    }
+}

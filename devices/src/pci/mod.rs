@@ -3,3 +3,5 @@
 pub mod config;
 pub mod msix;
 pub mod root;
+#[cfg(test)]
+pub(crate) mod table;

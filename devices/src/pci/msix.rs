@@ -187,3 +187,207 @@ impl Msix {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::pci::table::MsiTable;
+
+    const GSI: u32 = 24;
+
+    fn msix(vectors: u16) -> (Msix, Arc<MsiTable>) {
+        let table = Arc::new(MsiTable::default());
+        (Msix::new(vectors, GSI, table.clone()).unwrap(), table)
+    }
+
+    fn message(vector: u32) -> MsiMessage {
+        MsiMessage { address: 0xfee0_0000, data: 0x4020 + vector }
+    }
+
+    /// As a driver programs an entry: dword by dword, the mask last.
+    fn program(msix: &mut Msix, vector: u32, masked: bool) {
+        let at = u64::from(vector) * 16;
+        msix.table_write(at, &(message(vector).address as u32).to_le_bytes());
+        msix.table_write(at + 4, &0_u32.to_le_bytes());
+        msix.table_write(at + 8, &message(vector).data.to_le_bytes());
+        mask(msix, vector, masked);
+    }
+
+    fn mask(msix: &mut Msix, vector: u32, masked: bool) {
+        msix.table_write(u64::from(vector) * 16 + 12, &u32::from(masked).to_le_bytes());
+    }
+
+    fn raise(msix: &Msix, vector: usize) {
+        msix.events()[vector].write(1).unwrap();
+    }
+
+    fn pending(msix: &Msix) -> u64 {
+        let mut bits = [0; 8];
+        msix.pba_read(0, &mut bits);
+        u64::from_le_bytes(bits)
+    }
+
+    #[test]
+    fn starts_masked_and_disabled() {
+        let (msix, table) = msix(2);
+        let mut entry = [0xaa; 16];
+        msix.table_read(16, &mut entry);
+        let masked = [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0];
+        assert_eq!(entry, masked);
+        msix.table_read(32, &mut entry);
+        assert_eq!(entry, [0; 16], "past the end");
+        assert_eq!((pending(&msix), table.calls()), (0, 0));
+    }
+
+    #[test]
+    fn one_vector_costs_one_call() {
+        let (mut msix, table) = msix(3);
+        msix.set_control(true, true);
+        program(&mut msix, 1, true);
+        mask(&mut msix, 1, false);
+        msix.set_control(true, true);
+        assert_eq!(table.calls(), 0);
+        msix.set_control(true, false);
+        mask(&mut msix, 1, false);
+        program(&mut msix, 1, false);
+        assert_eq!((table.calls(), table.attached()), (1, vec![(GSI + 1, message(1))]));
+        raise(&msix, 1);
+        assert_eq!(table.raised(), [(GSI + 1, message(1))]);
+        assert_eq!(pending(&msix), 0);
+    }
+
+    #[test]
+    fn what_is_raised_while_masked_is_pending_and_delivered() {
+        type Switch = fn(&mut Msix, bool);
+        let switches: [Switch; 3] = [
+            |msix, off| mask(msix, 1, off),
+            |msix, off| msix.set_control(true, off),
+            |msix, off| msix.set_control(!off, false),
+        ];
+        for switch in switches {
+            let (mut msix, table) = msix(2);
+            msix.set_control(true, false);
+            program(&mut msix, 1, false);
+            for raised in [1, 3, 0] {
+                switch(&mut msix, true);
+                (0..raised).for_each(|_| raise(&msix, 1));
+                let bits = if raised > 0 { 0b10 } else { 0 };
+                assert_eq!(pending(&msix), bits);
+                assert_eq!(pending(&msix), bits, "looking changes nothing");
+                assert_eq!(table.raised(), []);
+                switch(&mut msix, false);
+                assert_eq!(pending(&msix), 0);
+                assert_eq!(table.raised(), if raised > 0 { vec![(GSI + 1, message(1))] } else { vec![] });
+            }
+        }
+    }
+
+    #[test]
+    fn a_new_message_replaces_the_old_one() {
+        let (mut msix, table) = msix(1);
+        msix.set_control(true, false);
+        program(&mut msix, 0, false);
+        mask(&mut msix, 0, true);
+        msix.table_write(8, &0x4099_u32.to_le_bytes());
+        raise(&msix, 0);
+        mask(&mut msix, 0, false);
+        let new = MsiMessage { data: 0x4099, ..message(0) };
+        assert_eq!(table.raised(), [(GSI, new)]);
+        table.calls();
+        // While it is not masked, which drivers avoid.
+        msix.table_write(4, &1_u32.to_le_bytes());
+        assert_eq!(table.attached(), [(GSI, MsiMessage { address: 0x1_fee0_0000, ..new })]);
+        assert_eq!(table.calls(), 1);
+    }
+
+    #[test]
+    fn a_whole_entry_may_be_written_at_once() {
+        let (mut msix, table) = msix(2);
+        msix.set_control(true, false);
+        msix.table_write(16, &0xfee0_0003_u64.to_le_bytes());
+        msix.table_write(24, &0xffff_fffe_0000_4021_u64.to_le_bytes());
+        assert_eq!(table.attached(), [(GSI + 1, message(1))]);
+        let mut entry = [0; 8];
+        msix.table_read(24, &mut entry);
+        assert_eq!(u64::from_le_bytes(entry), 0x4021, "reserved bits stay zero");
+    }
+
+    #[test]
+    fn reset_detaches_and_forgets() {
+        let (mut msix, table) = msix(2);
+        msix.set_control(true, false);
+        program(&mut msix, 0, false);
+        raise(&msix, 1);
+        msix.reset();
+        assert_eq!((table.attached(), pending(&msix)), (vec![], 0));
+        let mut entry = [0; 16];
+        msix.table_read(0, &mut entry);
+        assert_eq!(entry, [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0]);
+        msix.set_control(true, false);
+        program(&mut msix, 1, false);
+        assert_eq!(table.raised(), []);
+    }
+
+    #[test]
+    fn a_router_that_fails_loses_no_interrupt() {
+        let (mut msix, table) = msix(1);
+        msix.set_control(true, false);
+        table.fail(true);
+        raise(&msix, 0);
+        program(&mut msix, 0, false);
+        assert_eq!((table.attached(), pending(&msix)), (vec![], 1));
+        table.fail(false);
+        mask(&mut msix, 0, true);
+        mask(&mut msix, 0, false);
+        assert_eq!(table.raised(), [(GSI, message(0))]);
+    }
+
+    #[test]
+    fn the_number_of_vectors_is_checked() {
+        let table = Arc::new(MsiTable::default());
+        assert!(Msix::new(0, GSI, table.clone()).is_err());
+        assert!(Msix::new(MAX_VECTORS + 1, GSI, table).is_err());
+    }
+
+    proptest! {
+        /// Any accesses: what is attached is always what the registers say, and no interrupt is lost.
+        #[test]
+        fn attached_is_what_may_interrupt(
+            steps in prop::collection::vec((0_u8..4, 0_u64..0x60, prop::collection::vec(any::<u8>(), 1..9)), 1..60),
+        ) {
+            let (mut msix, table) = msix(4);
+            let (mut enabled, mut function_masked) = (false, false);
+            let mut unseen = [false; 4];
+            for (kind, offset, data) in steps {
+                match kind {
+                    0 => {
+                        (enabled, function_masked) = (data[0] & 1 != 0, data[0] & 2 != 0);
+                        msix.set_control(enabled, function_masked);
+                    }
+                    1 => {
+                        raise(&msix, offset as usize % 4);
+                        unseen[offset as usize % 4] = true;
+                    }
+                    _ => msix.table_write(offset, &data),
+                }
+                let mut expected = vec![];
+                for vector in 0..4_u32 {
+                    let mut entry = [0; 16];
+                    msix.table_read(u64::from(vector) * 16, &mut entry);
+                    if enabled && !function_masked && entry[12] & 1 == 0 {
+                        let address = u64::from_le_bytes(entry[..8].try_into().unwrap());
+                        let data = u32::from_le_bytes(entry[8..12].try_into().unwrap());
+                        expected.push((GSI + vector, MsiMessage { address, data }));
+                    }
+                }
+                prop_assert_eq!(&table.attached(), &expected);
+                expected.retain(|&(gsi, _)| std::mem::take(&mut unseen[(gsi - GSI) as usize]));
+                prop_assert_eq!(table.raised(), expected);
+                let bits = (0..4).fold(0, |bits, vector| bits | u64::from(unseen[vector]) << vector);
+                prop_assert_eq!(pending(&msix), bits);
+            }
+        }
+    }
+}

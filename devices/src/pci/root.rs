@@ -85,8 +85,8 @@ impl PciRoot {
         let devices = self.functions.iter().flatten();
         let mut bars: Vec<_> =
             devices.flat_map(|device| device.bars().iter().map(move |(index, spec)| (device, index, spec))).collect();
-        // Largest first: then no alignment leaves a gap.
-        bars.sort_by_key(|(.., spec)| std::cmp::Reverse(spec.size));
+        // Those that must be low first, and the largest first: then alignment leaves hardly a gap.
+        bars.sort_by_key(|(.., spec)| (spec.width == BarWidth::Bits64, std::cmp::Reverse(spec.size)));
         let (mut low, mut high) = (low, high);
         for (device, index, spec) in bars {
             let wide = spec.width == BarWidth::Bits64;
@@ -308,4 +308,244 @@ impl PciDevice for HostBridge {
     }
 
     fn bar_write(&self, _bar: usize, _offset: u64, _data: &[u8]) {}
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const LOW: Range<u64> = 0xc000_0000..0xe000_0000;
+    const HIGH: Range<u64> = 0x40_0000_0000..0x48_0000_0000;
+
+    /// A function with a 64-bit BAR 0 and a 32-bit BAR 2, which records what reaches them.
+    struct Probe {
+        config: Mutex<Configuration>,
+        bars: Bars,
+        writes: Mutex<Vec<(usize, u64, Vec<u8>)>>,
+    }
+
+    impl Probe {
+        fn new(sizes: [u64; 2]) -> Arc<Self> {
+            let identity =
+                Identity { vendor: 1, device: 2, revision: 0, class: 0xff_0000, subsystem_vendor: 3, subsystem: 4 };
+            let mut config = Configuration::new(identity);
+            config.add_memory_bar(0, sizes[0], BarWidth::Bits64);
+            config.add_memory_bar(2, sizes[1], BarWidth::Bits32);
+            Arc::new(Self { bars: config.bars(), config: Mutex::new(config), writes: Mutex::default() })
+        }
+
+        fn seen(&self) -> Vec<(usize, u64, Vec<u8>)> {
+            std::mem::take(&mut self.writes.lock().unwrap())
+        }
+    }
+
+    impl PciDevice for Probe {
+        fn config_read(&self, offset: u16, data: &mut [u8]) {
+            self.config.lock().unwrap().read(offset, data);
+        }
+        fn config_write(&self, offset: u16, data: &[u8]) {
+            let mut config = self.config.lock().unwrap();
+            config.write(offset, data);
+            self.bars.follow(&config);
+        }
+        fn bars(&self) -> &Bars {
+            &self.bars
+        }
+        fn bar_read(&self, bar: usize, offset: u64, data: &mut [u8]) {
+            data.fill(0x10 * bar as u8 + offset as u8);
+        }
+        fn bar_write(&self, bar: usize, offset: u64, data: &[u8]) {
+            self.writes.lock().unwrap().push((bar, offset, data.to_vec()));
+        }
+    }
+
+    fn root(devices: &[Arc<Probe>]) -> Arc<PciRoot> {
+        let devices = devices.iter().map(|device| device.clone() as Arc<dyn PciDevice>).collect();
+        Arc::new(PciRoot::new(devices).unwrap())
+    }
+
+    fn read32(device: &dyn BusDevice, offset: u64) -> u32 {
+        let mut data = [0; 4];
+        device.read(offset, &mut data);
+        u32::from_le_bytes(data)
+    }
+
+    fn write32(device: &dyn BusDevice, offset: u64, value: u32) {
+        device.write(offset, &value.to_le_bytes());
+    }
+
+    #[test]
+    fn both_mechanisms_show_the_same_bus() {
+        let root = root(&[Probe::new([0x1000, 0x1000])]);
+        let (ports, ecam) = (ConfigPorts::new(root.clone()), Ecam::new(root));
+        let ids: Vec<_> = (0..4).map(|slot| read32(&ecam, slot << 15)).collect();
+        assert_eq!(ids, [0x0008_1b36, 0x0002_0001, u32::MAX, u32::MAX]);
+        assert_eq!(read32(&ecam, 8) >> 8, 0x06_00_00, "the class of a host bridge");
+        assert_eq!(read32(&ecam, 1 << 15 | 1 << 12), u32::MAX, "function 1");
+        for slot in 0..32_u32 {
+            for register in (0..0x100).step_by(4) {
+                write32(&ports, 0, 1 << 31 | slot << 11 | register);
+                let by_ecam = read32(&ecam, u64::from(slot << 15 | register));
+                assert_eq!(read32(&ports, 4), by_ecam, "slot {slot} register {register:#x}");
+            }
+        }
+        // Writes by one are seen by the other, and narrow ones touch only their bytes.
+        write32(&ports, 0, 1 << 31 | 1 << 11 | 0x10);
+        ports.write(6, &[0x34, 0x12]);
+        assert_eq!(read32(&ecam, 1 << 15 | 0x10), 0x1234_0004);
+        ecam.write(1 << 15 | 0x13, &[0xc0]);
+        assert_eq!(read32(&ports, 4), 0xc034_0004);
+        let mut byte = [0];
+        ports.read(7, &mut byte);
+        assert_eq!(byte, [0xc0]);
+        // Another bus, another function.
+        for address in [1 << 31 | 1 << 16, 1 << 31 | 1 << 11 | 1 << 8] {
+            write32(&ports, 0, address);
+            assert_eq!(read32(&ports, 4), u32::MAX);
+            write32(&ports, 4, 0);
+        }
+        assert_eq!(read32(&ecam, 1 << 15 | 0x10), 0xc034_0004);
+    }
+
+    #[test]
+    fn only_a_dword_reaches_the_address_register() {
+        let ports = ConfigPorts::new(root(&[]));
+        write32(&ports, 0, 0xffff_ffff);
+        assert_eq!(read32(&ports, 0), 0x80ff_fffc, "reserved bits read as zero");
+        write32(&ports, 0, 1 << 31);
+        assert_eq!(read32(&ports, 4), 0x0008_1b36);
+        for (offset, data) in [(0, &[0xff_u8; 1][..]), (0, &[0xff; 2]), (1, &[0x06]), (2, &[0xff; 2]), (1, &[0xff; 4])]
+        {
+            ports.write(offset, data);
+            let mut back = vec![0; data.len()];
+            ports.read(offset, &mut back);
+            assert!(back.iter().all(|&byte| byte == 0xff), "nobody answers there");
+        }
+        assert_eq!(read32(&ports, 0), 1 << 31);
+        write32(&ports, 0, 0);
+        assert_eq!(read32(&ports, 4), u32::MAX, "disabled");
+    }
+
+    #[test]
+    fn bars_are_assigned_in_the_windows_and_aligned() {
+        let sizes = [[0x1000, 0x10_0000], [0x1000_0000, 0x1000], [0x1_0000, 0x20], [0x2000_0000, 0x1000]];
+        let devices: Vec<_> = sizes.map(Probe::new).into();
+        let root = root(&devices);
+        root.assign_bars(LOW, HIGH).unwrap();
+        let mut ranges = vec![];
+        for device in &devices {
+            let fresh = |index| device.config.lock().unwrap().decoded(index);
+            assert_eq!((fresh(0), fresh(2)), (None, None), "decoding is off");
+            device.config_write(4, &[2]);
+            ranges.extend(device.bars.iter().map(|(index, spec)| (device.bars.base(index).unwrap(), spec.size)));
+        }
+        ranges.sort_unstable();
+        for &(base, size) in &ranges {
+            assert_eq!(base % size, 0);
+            let inside = |window: &Range<u64>| window.start <= base && base + size <= window.end;
+            assert!(inside(&LOW) || inside(&HIGH), "{base:#x}");
+        }
+        assert!(ranges.windows(2).all(|pair| pair[0].0 + pair[0].1 <= pair[1].0), "{ranges:x?}");
+    }
+
+    #[test]
+    fn a_bar_without_room_is_an_error() {
+        let root = root(&[Probe::new([0x1000, 0x8000_0000])]);
+        let error = root.assign_bars(LOW, HIGH).unwrap_err();
+        assert_eq!(error, RootError::NoRoom { bar: 2, size: 0x8000_0000 });
+    }
+
+    #[test]
+    fn accesses_follow_the_bars() {
+        let (one, two) = (Probe::new([0x1_0000, 0x1000]), Probe::new([0x1_0000, 0x1000]));
+        let root = root(&[one.clone(), two.clone()]);
+        root.assign_bars(LOW, HIGH).unwrap();
+        let window = MemoryWindow::new(root.clone(), LOW.start);
+        let high = MemoryWindow::new(root, HIGH.start);
+        assert_eq!(read32(&window, 0), u32::MAX, "nobody decodes yet");
+        one.config_write(4, &[2]);
+        two.config_write(4, &[2]);
+        let base = two.bars.base(0).unwrap();
+        window.write(base - LOW.start + 8, &[1, 2]);
+        window.write(two.bars.base(2).unwrap() - LOW.start + 0xfff, &[3]);
+        assert_eq!(two.seen(), [(0, 8, vec![1, 2]), (2, 0xfff, vec![3])]);
+        assert_eq!(one.seen(), []);
+        assert_eq!(read32(&window, two.bars.base(2).unwrap() - LOW.start + 4), 0x2424_2424);
+        // The guest moves it above 4 GiB, with decoding on.
+        two.config_write(0x10, &0_u32.to_le_bytes());
+        two.config_write(0x14, &0x41_u32.to_le_bytes());
+        assert_eq!(read32(&window, base - LOW.start), u32::MAX);
+        high.write(0x1_0000_0000 + 0xffff, &[7]);
+        assert_eq!(two.seen(), [(0, 0xffff, vec![7])]);
+        assert_eq!(read32(&high, 0x1_0000_0000 + 0xfffe), u32::MAX, "across the end of the BAR");
+        two.config_write(4, &[0]);
+        high.write(0x1_0000_0000, &[7]);
+        assert_eq!(two.seen(), []);
+    }
+
+    fn functions_found(root: &Arc<PciRoot>) -> Vec<(u64, u64)> {
+        // As a driver scans: further functions only where function 0 says so (PCI Local Bus 3.0, 6.2.1).
+        let ecam = Ecam::new(root.clone());
+        let header = |slot: u64| read32(&ecam, slot << 15 | 0xc);
+        let present = |slot: u64, function: u64| read32(&ecam, slot << 15 | function << 12) != u32::MAX;
+        (1..32)
+            .flat_map(|slot| (0..8).map(move |function| (slot, function)))
+            .filter(|&(slot, function)| present(slot, function) && (function == 0 || header(slot) & 1 << 23 != 0))
+            .collect()
+    }
+
+    #[test]
+    fn a_scan_finds_as_many_devices_as_there_are() {
+        let device = || Probe::new([0x1000, 0x1000]);
+        for count in [0, 1, 31, 32, 63, 248] {
+            let root = root(&(0..count).map(|_| device()).collect::<Vec<_>>());
+            let found = functions_found(&root);
+            assert_eq!(found.len(), count);
+            assert!(found.is_sorted());
+            assert_eq!(found.iter().any(|found| found.1 > 0), count > 31);
+        }
+        let devices = (0..249).map(|_| device() as Arc<dyn PciDevice>).collect();
+        assert_eq!(PciRoot::new(devices).err(), Some(RootError::TooMany(249)));
+    }
+
+    #[test]
+    fn a_byte_read_of_the_header_type_says_multi_function() {
+        let root = root(&(0..32).map(|_| Probe::new([0x1000, 0x1000])).collect::<Vec<_>>());
+        let ecam = Ecam::new(root);
+        let mut byte = [0];
+        ecam.read(1 << 15 | 0xe, &mut byte);
+        assert_eq!(byte, [0x80]);
+        ecam.read(1 << 15 | 1 << 12 | 0xe, &mut byte);
+        assert_eq!(byte, [0]);
+        ecam.read(1 << 15 | 0xf, &mut byte);
+        assert_eq!(byte, [0]);
+    }
+
+    proptest! {
+        /// Any access by any way is survived, and the two mechanisms agree afterwards.
+        #[test]
+        fn noise_is_harmless(
+            steps in prop::collection::vec((0_u8..3, any::<u32>(), prop::collection::vec(any::<u8>(), 1..9), any::<bool>()), 1..60),
+        ) {
+            let root = root(&[Probe::new([0x1000, 0x1000])]);
+            let (ports, ecam) = (ConfigPorts::new(root.clone()), Ecam::new(root.clone()));
+            let window = MemoryWindow::new(root, LOW.start);
+            for (kind, offset, mut data, write) in steps {
+                let (device, size): (&dyn BusDevice, u64) = match kind {
+                    0 => (&ports, 8),
+                    1 => (&ecam, 0x1_0000),
+                    _ => (&window, LOW.end - LOW.start),
+                };
+                let offset = u64::from(offset) % size;
+                data.truncate((size - offset) as usize);
+                if write { device.write(offset, &data) } else { device.read(offset, &mut data) }
+            }
+            for register in (0..0x100_u32).step_by(4) {
+                write32(&ports, 0, 1 << 31 | 1 << 11 | register);
+                prop_assert_eq!(read32(&ports, 4), read32(&ecam, u64::from(1 << 15 | register)));
+            }
+        }
+    }
 }

@@ -69,7 +69,10 @@ fn page(command: Command) -> io::Result<(String, String)> {
 fn sections(text: &str) -> String {
     let mut out = String::new();
     for line in text.lines() {
-        if line.is_empty() || line.starts_with(' ') {
+        if line.is_empty() {
+            continue;
+        }
+        if line.starts_with(' ') {
             // Backslashes, and the hyphens that must stay hyphens; the \& keeps a dot from being a request.
             let _ = writeln!(out, "\\&{}", line.replace('\\', "\\e").replace('-', "\\-"));
         } else {
@@ -89,7 +92,7 @@ mod tests {
     fn a_page_for_every_command() {
         let pages = pages().unwrap();
         let names: Vec<&str> = pages.iter().map(|page| page.0.as_str()).collect();
-        assert_eq!(names, ["skiff.1", "skiff-run.1", "skiff-completions.1", "skiff-man.1"]);
+        assert_eq!(names, ["skiff.1", "skiff-run.1", "skiff-doctor.1", "skiff-completions.1", "skiff-man.1"]);
         let run = &pages[1].1;
         for word in [".TH skiff-run 1", "\\-\\-kernel", ".SH EXAMPLES", ".SH EXIT CODES", "triple fault"] {
             assert!(run.contains(word), "{word}");
@@ -99,7 +102,7 @@ mod tests {
     #[test]
     fn text_is_set_as_it_is() {
         let set = ".SH EXAMPLES\n.nf\n\\&  a \\-\\-b \\e\n.fi\n.SH EXIT CODES\n.nf\n\\&  0\n.fi\n";
-        assert_eq!(sections("Examples:\n  a --b \\\nExit codes:\n  0"), set);
+        assert_eq!(sections("Examples:\n  a --b \\\n\nExit codes:\n  0"), set);
         assert_eq!(sections(""), "");
     }
 

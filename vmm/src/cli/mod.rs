@@ -2,6 +2,7 @@
 //! thread.
 
 mod completions;
+mod doctor;
 mod log;
 mod man;
 mod run;
@@ -28,6 +29,7 @@ struct Cli {
 #[derive(Debug, Subcommand)]
 enum Command {
     Run(Box<run::RunArgs>),
+    Doctor(doctor::DoctorArgs),
     Completions(completions::CompletionsArgs),
     Man(man::ManArgs),
 }
@@ -82,6 +84,7 @@ fn command(cli: Cli) -> Result<u8, Failure> {
     cli.log.start()?;
     match cli.command {
         Command::Run(args) => args.run(),
+        Command::Doctor(args) => args.run(),
         Command::Completions(args) => args.run(),
         Command::Man(args) => args.run(),
     }
@@ -144,7 +147,7 @@ mod tests {
             ("runn", "unrecognized subcommand 'runn'; a similar subcommand exists: 'run'; see --help"),
             (
                 "",
-                "'skiff' requires a subcommand but one was not provided; [subcommands: run, completions, man, help]; \
+                "'skiff' requires a subcommand but one was not provided; [subcommands: run, doctor, completions, man, help]; \
                  see --help",
             ),
             ("completions", "the following required arguments were not provided: <SHELL>; see --help"),

@@ -4,7 +4,7 @@ use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 
 use clap::Args;
-use skiff::config::{self, ConfigError, Place, Request, SerialConfig, VmConfig};
+use skiff::config::{self, BootProtocol, ConfigError, Place, Request, SerialConfig, VmConfig};
 use skiff::exit::{self, ExitReason};
 
 use super::Failure;
@@ -27,8 +27,8 @@ pub(super) struct RunArgs {
     /// The kernel command line
     #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
     cmdline: Option<String>,
-    /// How the kernel is entered: auto, linux or pvh [default: auto]
-    #[arg(long, value_name = "PROTOCOL", hide_possible_values = true)]
+    /// How the kernel is entered [default: auto]
+    #[arg(long, value_name = "PROTOCOL", value_parser = BootProtocol::ALL.map(BootProtocol::name))]
     boot_protocol: Option<String>,
     /// Number of CPUs, up to the limit of the host's KVM [default: 1]
     #[arg(long, value_name = "N", allow_hyphen_values = true)]
@@ -147,6 +147,7 @@ Examples:
   See what a configuration file and a flag make together, then run it:
     skiff run --config vm.toml --memory 4G --dry-run
     skiff run --config vm.toml --memory 4G
+
 Exit codes:";
 
 #[cfg(test)]

@@ -16,7 +16,7 @@ use toml::de::{DeTable, DeValue};
 use super::list::{self, Setting, Settings};
 use super::place::{ConfigError, Place};
 use super::value::format_size;
-use super::{BootProtocol, DISK_KEYS, MEMORY_KEYS, OnReboot, Request, SerialConfig, VmConfig};
+use super::{DISK_KEYS, MEMORY_KEYS, OnReboot, Request, SerialConfig, VmConfig};
 
 /// The settings of a machine: the keys of a configuration file, and the flags of `skiff run`.
 pub const KEYS: [&str; 11] = [
@@ -157,12 +157,7 @@ pub fn to_toml(vm: &VmConfig) -> Result<String, ConfigError> {
         line(&mut out, "initrd", text(path(initrd)?));
     }
     line(&mut out, "cmdline", text(&vm.cmdline));
-    let protocol = match vm.boot_protocol {
-        BootProtocol::Auto => "auto",
-        BootProtocol::Linux => "linux",
-        BootProtocol::Pvh => "pvh",
-    };
-    line(&mut out, "boot-protocol", text(protocol));
+    line(&mut out, "boot-protocol", text(vm.boot_protocol.name()));
     line(&mut out, "cpus", vm.cpus);
     // A comma inside a path is written twice in the text of this option.
     let doubled = |file: &Path| Ok::<_, ConfigError>(path(file)?.replace(',', ",,"));
@@ -221,7 +216,7 @@ fn path(path: &Path) -> Result<&str, ConfigError> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::{DiskConfig, MemoryConfig};
+    use crate::config::{BootProtocol, DiskConfig, MemoryConfig};
     use proptest::prelude::*;
     use std::path::PathBuf;
     use std::time::Duration;

@@ -50,7 +50,7 @@ pub struct VmConfig {
     pub disks: Vec<DiskConfig>,
     /// What is connected to COM1.
     pub serial: SerialConfig,
-    /// The port of isa-debug-exit, two bytes wide, if there is one. It lies clear of every other device's ports.
+    /// The first of four ports of isa-debug-exit, if there is one. It lies clear of every other device's ports.
     pub debug_exit: Option<u16>,
     /// What a reset by the guest does.
     pub on_reboot: OnReboot,
@@ -59,7 +59,7 @@ pub struct VmConfig {
 }
 
 /// `--boot-protocol`.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum BootProtocol {
     /// What the image offers: the Linux protocol for a bzImage; PVH for an ELF that has the note, else Linux.
     #[default]
@@ -68,6 +68,20 @@ pub enum BootProtocol {
     Linux,
     /// The PVH entry of an ELF image.
     Pvh,
+}
+
+impl BootProtocol {
+    /// All of them.
+    pub const ALL: [Self; 3] = [Self::Auto, Self::Linux, Self::Pvh];
+
+    /// The name that users write.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Auto => "auto",
+            Self::Linux => "linux",
+            Self::Pvh => "pvh",
+        }
+    }
 }
 
 /// `--memory`.

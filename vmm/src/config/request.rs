@@ -53,7 +53,7 @@ pub struct DiskRequest {
 
 impl Request {
     /// Takes the text of the setting `key` as a flag or a line of a file gives it. `key` is the name of the flag without
-    /// its dashes, as in [`super::file::KEYS`]; a further `disk` is a further disk.
+    /// its dashes, as in [`super::KEYS`]; a further `disk` is a further disk.
     pub fn set(&mut self, place: &Place, key: &str, text: &str) -> Result<(), ConfigError> {
         let wrong = |what: String| place.error(what);
         match key {
@@ -127,7 +127,8 @@ impl Request {
 }
 
 fn boot_protocol(text: &str) -> Result<BootProtocol, String> {
-    clap::ValueEnum::from_str(text, false).map_err(|_| "no such protocol; say auto, linux or pvh".to_owned())
+    let named = BootProtocol::ALL.into_iter().find(|protocol| protocol.name() == text);
+    named.ok_or_else(|| "no such protocol; say auto, linux or pvh".to_owned())
 }
 
 /// Names the disks that have no id by their position, and checks that the names differ.
@@ -284,7 +285,7 @@ mod tests {
                 "file=a,socket=b",
                 "--serial file=a,socket=b: COM1 has one other end: stdio, file=PATH, pty, socket=PATH or none",
             ),
-            ("debug-exit", "0x3f8", "--debug-exit 0x3f8: the two bytes at this port belong to COM1; 0x501 is free"),
+            ("debug-exit", "0x3f8", "--debug-exit 0x3f8: the four ports from here on are not free: COM1; 0x501 is"),
             ("no-reboot", "yes", "--no-reboot yes: say on or off"),
             ("grace", "-1", "--grace -1: not a number of seconds; write it like 30"),
         ] {

@@ -3,6 +3,8 @@
 
 use std::time::Duration;
 
+use crate::layout;
+
 const UNITS: [(char, u32); 4] = [('K', 10), ('M', 20), ('G', 30), ('T', 40)];
 
 /// Bytes of a size such as `512M`, `2G` or `1.5G`; the units are K, M, G and T, powers of 1024. A bare number is refused:
@@ -41,7 +43,7 @@ fn fraction_bytes(fraction: &str, shift: u32) -> Result<u64, String> {
     if scaled.is_multiple_of(scale) { Ok((scaled / scale) as u64) } else { Err(uneven()) }
 }
 
-/// `bytes` as [`size`] reads it, in the largest unit that leaves a whole number. A number of bytes that is not a multiple
+/// `bytes` as `--memory` reads it, in the largest unit that leaves a whole number. A number of bytes that is not a multiple
 /// of 1024 has no such form and is written as bytes with a B, for messages only.
 pub fn format_size(bytes: u64) -> String {
     let unit = UNITS.iter().rev().find(|unit| bytes != 0 && bytes.is_multiple_of(1 << unit.1));
@@ -75,21 +77,6 @@ pub(super) fn seconds(text: &str) -> Result<Duration, String> {
     Ok(Duration::from_secs(seconds.into()))
 }
 
-/// What other devices of the machine answer to: first and last port, and whose they are.
-const TAKEN_PORTS: [(u16, u16, &str); 11] = [
-    (0x20, 0x21, "the interrupt controller"),
-    (0x40, 0x43, "the timer"),
-    (0x60, 0x64, "the keyboard controller"),
-    (0x70, 0x71, "the clock"),
-    (0xa0, 0xa1, "the interrupt controller"),
-    (0x3f8, 0x3ff, "COM1"),
-    (0x4d0, 0x4d1, "the interrupt controller"),
-    (0x505, 0x505, "pvpanic"),
-    (0x600, 0x601, "ACPI sleep"),
-    (0xcf8, 0xcff, "PCI"),
-    (0xffff, 0xffff, "nothing, but the two bytes would not fit"),
-];
-
 /// The port of isa-debug-exit, hexadecimal with 0x or decimal; `off` for none.
 pub(super) fn debug_exit(text: &str) -> Result<Option<u16>, String> {
     if text == "off" {
@@ -101,8 +88,11 @@ pub(super) fn debug_exit(text: &str) -> Result<Option<u16>, String> {
         Ok(port) if !text.contains('+') => port,
         _ => return Err("not an I/O port; write it like 0x501, or off".to_owned()),
     };
-    match TAKEN_PORTS.iter().find(|taken| port <= taken.1 && port.saturating_add(1) >= taken.0) {
-        Some(taken) => Err(format!("the two bytes at this port belong to {}; 0x501 is free", taken.2)),
+    let Some(last) = port.checked_add(layout::port::DEBUG_EXIT_WIDTH - 1) else {
+        return Err("there are no four ports from here on; 0x501 is free".to_owned());
+    };
+    match layout::port::OCCUPIED.iter().find(|taken| port <= taken.1 && last >= taken.0) {
+        Some(taken) => Err(format!("the four ports from here on are not free: {}; 0x501 is", taken.2)),
         None => Ok(Some(port)),
     }
 }
@@ -193,11 +183,11 @@ mod tests {
 
     #[test]
     fn ports_clear_of_the_other_devices() {
-        for (text, port) in [("0x501", 0x501), ("0xf4", 0xf4), ("1281", 0x501), ("0x503", 0x503), ("0x506", 0x506)] {
+        for (text, port) in [("0x501", 0x501), ("0xf4", 0xf4), ("1281", 0x501), ("0x506", 0x506)] {
             assert_eq!(debug_exit(text), Ok(Some(port)), "{text}");
         }
         assert_eq!(debug_exit("off"), Ok(None));
-        for (text, whose) in [("0x3f7", "COM1"), ("0x3ff", "COM1"), ("0x504", "pvpanic"), ("0x64", "the keyboard")] {
+        for (text, whose) in [("0x3f5", "COM1"), ("0x3ff", "COM1"), ("0x502", "pvpanic"), ("0x64", "the keyboard")] {
             assert!(debug_exit(text).unwrap_err().contains(whose), "{text}");
         }
         for text in ["", "0x", "on", "0x10000", "-1", "+5", "0x+5", "501h"] {

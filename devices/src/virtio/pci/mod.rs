@@ -191,7 +191,7 @@ impl PciDevice for VirtioPci {
         data.fill(0);
         match offset {
             layout::COMMON..layout::ISR => self.transport().read(offset - layout::COMMON, data),
-            layout::ISR => data[..1].fill_with(|| self.signals.take_isr()),
+            layout::ISR => data.iter_mut().take(1).for_each(|byte| *byte = self.signals.take_isr()),
             layout::DEVICE..layout::PBA => self.transport().device.read_config(offset - layout::DEVICE, data),
             layout::PBA..layout::NOTIFY => self.function().msix.pba_read(offset - layout::PBA, data),
             layout::TABLE..layout::SIZE => self.function().msix.table_read(offset - layout::TABLE, data),
@@ -314,3 +314,6 @@ fn add_capabilities(config: &mut Configuration, vectors: u16) -> (usize, usize) 
 
 const _: () = assert!(layout::TABLE + MAX_VECTORS as u64 * 16 == layout::SIZE);
 const _: () = assert!(layout::NOTIFY + MAX_VECTORS as u64 * layout::NOTIFY_MULTIPLIER <= layout::TABLE);
+
+#[cfg(test)]
+mod tests;

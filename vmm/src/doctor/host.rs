@@ -1,0 +1,235 @@
+//! The checks of what the host has for disks, networks and memory. Main thread; `root` is where the host's files are.
+
+use std::fs::{self, OpenOptions};
+use std::io;
+use std::path::Path;
+
+use io_uring::IoUring;
+
+use super::Check;
+
+pub(super) fn checks(root: &Path) -> Vec<Check> {
+    vec![
+        io_uring(root, IoUring::new(8).map(drop)),
+        linux_aio(root),
+        device(&TUN, open(root, &TUN)),
+        device(&VHOST_NET, open(root, &VHOST_NET)),
+        memory_lock(root),
+        memory(root),
+    ]
+}
+
+/// What io_uring_setup(2) answered, and why it may have.
+fn io_uring(root: &Path, setup: io::Result<()>) -> Check {
+    let name = "io-uring";
+    let Err(error) = setup else { return Check::ok(name, "works") };
+    let disabled = read(root, "proc/sys/kernel/io_uring_disabled");
+    match (error.raw_os_error(), disabled.trim()) {
+        (Some(libc::ENOSYS), _) => {
+            Check::warning(name, "not in this kernel", "use Linux 5.1 or newer with CONFIG_IO_URING")
+        }
+        (Some(libc::EPERM), level @ ("1" | "2")) => Check::warning(
+            name,
+            format!("forbidden by kernel.io_uring_disabled = {level}"),
+            "allow it with \"sudo sysctl kernel.io_uring_disabled=0\"",
+        ),
+        (Some(libc::EPERM), _) => Check::warning(
+            name,
+            "forbidden, most likely by the seccomp filter of a container",
+            "allow io_uring_setup, io_uring_enter and io_uring_register in the container's seccomp profile",
+        ),
+        (Some(libc::ENOMEM), _) => Check::warning(
+            name,
+            "the memory lock limit leaves no room for its rings",
+            "raise it with \"ulimit -l unlimited\", for good in /etc/security/limits.conf",
+        ),
+        _ => Check::warning(name, error.to_string(), "look for the reason with \"sudo dmesg\""),
+    }
+}
+
+/// Requests that linux-aio should have left for a few disks.
+const AIO_ROOM: u64 = 4096;
+
+fn linux_aio(root: &Path) -> Check {
+    let name = "linux-aio";
+    let number = |file: &str| read(root, file).trim().parse::<u64>().ok();
+    let (Some(used), Some(limit)) = (number("proc/sys/fs/aio-nr"), number("proc/sys/fs/aio-max-nr")) else {
+        return Check::warning(name, "not in this kernel", "use a kernel with CONFIG_AIO");
+    };
+    let message = format!("{used} of {limit} requests of the host are taken");
+    if limit.saturating_sub(used) < AIO_ROOM {
+        return Check::warning(name, message, "raise the limit with \"sudo sysctl fs.aio-max-nr=1048576\"");
+    }
+    Check::ok(name, message)
+}
+
+/// A device that only some machines need.
+struct Device {
+    name: &'static str,
+    path: &'static str,
+    module: &'static str,
+    purpose: &'static str,
+}
+
+const TUN: Device = Device { name: "tun", path: "dev/net/tun", module: "tun", purpose: "networks" };
+const VHOST_NET: Device =
+    Device { name: "vhost-net", path: "dev/vhost-net", module: "vhost_net", purpose: "faster networks" };
+
+fn open(root: &Path, device: &Device) -> io::Result<()> {
+    OpenOptions::new().read(true).write(true).open(root.join(device.path)).map(drop)
+}
+
+fn device(device: &Device, opened: io::Result<()>) -> Check {
+    let Device { name, path, module, purpose } = *device;
+    let Err(error) = opened else { return Check::ok(name, format!("/{path}")) };
+    let message = match error.kind() {
+        io::ErrorKind::NotFound => format!("/{path}: no such device; it is for {purpose}"),
+        io::ErrorKind::PermissionDenied => format!("/{path}: permission denied; it is for {purpose}"),
+        _ => format!("/{path}: {error}; it is for {purpose}"),
+    };
+    if error.kind() == io::ErrorKind::PermissionDenied {
+        return Check::warning(
+            name,
+            message,
+            format!("let your group use it with \"sudo chgrp kvm /{path}\" and \"sudo chmod g+rw /{path}\""),
+        );
+    }
+    Check::warning(name, message, format!("load the module with \"sudo modprobe {module}\""))
+}
+
+/// What the kernel itself gives every process since Linux 5.16: 8 MiB.
+const LOCK_ROOM: u64 = 8 << 20;
+
+fn memory_lock(root: &Path) -> Check {
+    let name = "memory-lock";
+    let limits = read(root, "proc/self/limits");
+    let soft = limits.lines().find_map(|line| line.strip_prefix("Max locked memory")?.split_ascii_whitespace().next());
+    let bytes = match soft {
+        Some("unlimited") => return Check::ok(name, "no limit"),
+        Some(number) => number.parse().unwrap_or(0),
+        None => 0,
+    };
+    let message = format!("a process may lock {} KiB of memory", bytes >> 10);
+    if bytes < LOCK_ROOM {
+        let remedy = "raise it with \"ulimit -l unlimited\", for good in /etc/security/limits.conf";
+        return Check::warning(name, message, remedy);
+    }
+    Check::ok(name, message)
+}
+
+/// A machine of the default size and something beside it, in KiB.
+const MEMORY_ROOM: u64 = 640 << 10;
+
+fn memory(root: &Path) -> Check {
+    let name = "memory";
+    let meminfo = read(root, "proc/meminfo");
+    let number = |key: &str| {
+        let line = meminfo.lines().find_map(|line| line.strip_prefix(key));
+        line.and_then(|rest| rest.split_ascii_whitespace().next()?.parse::<u64>().ok()).unwrap_or(0)
+    };
+    let available = number("MemAvailable:");
+    let (free_pages, page) = (number("HugePages_Free:"), number("Hugepagesize:"));
+    let message = format!("{} MiB available; {free_pages} free huge pages of {} MiB", available >> 10, page >> 10);
+    if available < MEMORY_ROOM {
+        return Check::warning(name, message, "end other programs, or run smaller machines with --memory");
+    }
+    Check::ok(name, message)
+}
+
+/// The text of a file of the host, empty if it cannot be read.
+fn read(root: &Path, file: &str) -> String {
+    fs::read_to_string(root.join(file)).unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::doctor::Status;
+
+    fn host(files: &[(&str, &str)]) -> tempfile::TempDir {
+        let root = tempfile::tempdir().unwrap();
+        for (file, text) in files {
+            let path = root.path().join(file);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(path, text).unwrap();
+        }
+        root
+    }
+
+    fn uring(errno: i32, disabled: &str) -> Check {
+        let root = host(&[("proc/sys/kernel/io_uring_disabled", disabled)]);
+        io_uring(root.path(), Err(io::Error::from_raw_os_error(errno)))
+    }
+
+    #[test]
+    fn reasons_why_there_is_no_io_uring() {
+        for (errno, disabled, message, remedy) in [
+            (libc::ENOSYS, "0\n", "not in this kernel", "Linux 5.1"),
+            (libc::EPERM, "2\n", "forbidden by kernel.io_uring_disabled = 2", "io_uring_disabled=0"),
+            (libc::EPERM, "1\n", "forbidden by kernel.io_uring_disabled = 1", "io_uring_disabled=0"),
+            (libc::EPERM, "0\n", "seccomp filter", "seccomp profile"),
+            (libc::EPERM, "", "seccomp filter", "seccomp profile"),
+            (libc::ENOMEM, "0\n", "memory lock limit", "ulimit -l"),
+            (libc::EMFILE, "0\n", "Too many open files", "dmesg"),
+        ] {
+            let check = uring(errno, disabled);
+            assert_eq!(check.status, Status::Warning);
+            assert!(check.message.contains(message), "{check:?}");
+            assert!(check.remedy.as_ref().unwrap().contains(remedy), "{check:?}");
+        }
+        assert_eq!(io_uring(Path::new("/nonexistent"), Ok(())), Check::ok("io-uring", "works"));
+    }
+
+    #[test]
+    fn linux_aio_may_be_exhausted() {
+        let aio =
+            |used, limit| linux_aio(host(&[("proc/sys/fs/aio-nr", used), ("proc/sys/fs/aio-max-nr", limit)]).path());
+        assert_eq!(aio("128\n", "65536\n"), Check::ok("linux-aio", "128 of 65536 requests of the host are taken"));
+        let full = aio("65000\n", "65536\n");
+        assert_eq!(full.status, Status::Warning);
+        assert!(full.remedy.unwrap().contains("fs.aio-max-nr="));
+        assert_eq!(linux_aio(host(&[]).path()).message, "not in this kernel");
+    }
+
+    #[test]
+    fn devices_of_networks() {
+        let there = host(&[("dev/net/tun", "")]);
+        assert_eq!(device(&TUN, open(there.path(), &TUN)), Check::ok("tun", "/dev/net/tun"));
+        let missing = device(&VHOST_NET, open(there.path(), &VHOST_NET));
+        assert_eq!(missing.message, "/dev/vhost-net: no such device; it is for faster networks");
+        assert_eq!(missing.remedy.unwrap(), "load the module with \"sudo modprobe vhost_net\"");
+        let denied = device(&TUN, Err(io::Error::from_raw_os_error(libc::EACCES)));
+        assert_eq!(denied.status, Status::Warning);
+        assert!(denied.remedy.unwrap().contains("sudo chmod g+rw /dev/net/tun"));
+    }
+
+    #[test]
+    fn memory_lock_limits() {
+        // As /proc/self/limits of Linux 6.1 shows it.
+        let limits = |soft: &str| {
+            let text = format!(
+                "Limit                     Soft Limit           Hard Limit           Units     \n\
+                 Max locked memory         {soft:<20} unlimited            bytes     \n"
+            );
+            memory_lock(host(&[("proc/self/limits", &text)]).path())
+        };
+        assert_eq!(limits("8388608"), Check::ok("memory-lock", "a process may lock 8192 KiB of memory"));
+        assert_eq!(limits("unlimited"), Check::ok("memory-lock", "no limit"));
+        assert_eq!(limits("65536").status, Status::Warning);
+        assert_eq!(memory_lock(host(&[]).path()).status, Status::Warning);
+    }
+
+    #[test]
+    fn memory_of_the_host() {
+        let meminfo = |available: u64| {
+            let text = format!(
+                "MemTotal:        8000000 kB\nMemAvailable:    {available} kB\n\
+                 HugePages_Total:      16\nHugePages_Free:       12\nHugepagesize:       2048 kB\n"
+            );
+            memory(host(&[("proc/meminfo", &text)]).path())
+        };
+        let plenty = Check::ok("memory", "4096 MiB available; 12 free huge pages of 2 MiB");
+        assert_eq!(meminfo(4 << 20), plenty);
+        assert_eq!(meminfo(100 << 10).status, Status::Warning);
+    }
+}
