@@ -20,20 +20,20 @@ pub enum DiskError {
     #[error("disk image {0:?} does not exist: check the path, or create it with: truncate -s 8G {0:?}")]
     Missing(PathBuf),
     /// The host lets us not even read.
-    #[error("disk image {path:?} cannot be read ({source}): check its permissions and those of its directories")]
+    #[error("disk image {path:?} cannot be read ({error}): check its permissions and those of its directories")]
     Unreadable {
         /// The image.
         path: PathBuf,
         /// What the host said.
-        source: io::Error,
+        error: io::Error,
     },
     /// Reading is allowed, writing is not.
-    #[error("disk image {path:?} can be read but not written ({source}): add readonly=on, or permit writing to it")]
+    #[error("disk image {path:?} can be read but not written ({error}): add readonly=on, or permit writing to it")]
     Unwritable {
         /// The image.
         path: PathBuf,
         /// What the host said.
-        source: io::Error,
+        error: io::Error,
     },
     /// A directory, a pipe, a character device, a socket.
     #[error("disk image {path:?} is a {found}: name a raw image file or a block device")]
@@ -70,20 +70,20 @@ pub enum DiskError {
         remedy: &'static str,
     },
     /// The filesystem does not do locks.
-    #[error("disk image {path:?} cannot be locked ({source}): move it to a filesystem with file locks")]
+    #[error("disk image {path:?} cannot be locked ({error}): move it to a filesystem with file locks")]
     Unlockable {
         /// The image.
         path: PathBuf,
         /// What the host said.
-        source: io::Error,
+        error: io::Error,
     },
     /// Any other refusal of the host.
-    #[error("disk image {path:?} cannot be opened: {source}")]
+    #[error("disk image {path:?} cannot be opened: {error}")]
     Io {
         /// The image.
         path: PathBuf,
         /// What the host said.
-        source: io::Error,
+        error: io::Error,
     },
 }
 
@@ -103,7 +103,7 @@ impl Disk {
     /// [`DiskError`] says which of its reasons it is.
     pub fn open(path: &Path, readonly: bool, id: &str) -> Result<Self, DiskError> {
         let file = open_file(path, readonly)?;
-        let size = image_size(&file).map_err(|source| DiskError::Io { path: path.into(), source })?;
+        let size = image_size(&file).map_err(|error| DiskError::Io { path: path.into(), error })?;
         if size == 0 {
             return Err(DiskError::Empty(path.into()));
         }
@@ -142,10 +142,10 @@ impl Disk {
 }
 
 fn open_file(path: &Path, readonly: bool) -> Result<File, DiskError> {
-    let failed = |source: io::Error| match source.kind() {
+    let failed = |error: io::Error| match error.kind() {
         ErrorKind::NotFound => DiskError::Missing(path.into()),
-        ErrorKind::PermissionDenied => DiskError::Unreadable { path: path.into(), source },
-        _ => DiskError::Io { path: path.into(), source },
+        ErrorKind::PermissionDenied => DiskError::Unreadable { path: path.into(), error },
+        _ => DiskError::Io { path: path.into(), error },
     };
     // Before opening: a pipe would wait for its other end, and a character device may act on being opened.
     let kind = path.metadata().map_err(failed)?.file_type();
@@ -154,13 +154,13 @@ fn open_file(path: &Path, readonly: bool) -> Result<File, DiskError> {
     }
     match OpenOptions::new().read(true).write(!readonly).open(path) {
         Ok(file) => Ok(file),
-        Err(source) if !readonly && File::open(path).is_ok() => match source.kind() {
+        Err(error) if !readonly && File::open(path).is_ok() => match error.kind() {
             ErrorKind::PermissionDenied | ErrorKind::ReadOnlyFilesystem => {
-                Err(DiskError::Unwritable { path: path.into(), source })
+                Err(DiskError::Unwritable { path: path.into(), error })
             }
-            _ => Err(DiskError::Io { path: path.into(), source }),
+            _ => Err(DiskError::Io { path: path.into(), error }),
         },
-        Err(source) => Err(failed(source)),
+        Err(error) => Err(failed(error)),
     }
 }
 
@@ -187,7 +187,7 @@ fn lock_image(file: &File, path: &Path, readonly: bool) -> Result<(), DiskError>
     match lock::try_lock(file, !readonly) {
         Ok(true) => return Ok(()),
         Ok(false) => {}
-        Err(source) => return Err(DiskError::Unlockable { path: path.into(), source }),
+        Err(error) => return Err(DiskError::Unlockable { path: path.into(), error }),
     }
     let (holder, remedy) = match lock::find_holder(file) {
         Some(holder) if holder.pid == std::process::id() => {
@@ -203,4 +203,112 @@ fn lock_image(file: &File, path: &Path, readonly: bool) -> Result<(), DiskError>
         ),
     };
     Err(DiskError::Locked { path: path.into(), holder, remedy })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs::{self, Permissions};
+    use std::os::unix::fs::PermissionsExt;
+    use std::process::Command;
+
+    use tempfile::TempDir;
+
+    use crate::lock::tests::FORKING;
+
+    fn image(size: u64) -> (TempDir, PathBuf) {
+        let dir = TempDir::new().unwrap();
+        let path = dir.path().join("root.img");
+        File::create(&path).unwrap().set_len(size).unwrap();
+        (dir, path)
+    }
+
+    fn refusal(path: &Path, readonly: bool) -> String {
+        let error = Disk::open(path, readonly, "disk0").unwrap_err().to_string();
+        assert!(!error.contains('\n'), "one line: {error}");
+        assert!(error.contains(&format!("{path:?}")), "names the file: {error}");
+        error
+    }
+
+    /// Runs `test` as a user whom the permissions of files bind.
+    fn as_nobody(test: impl FnOnce() + Send) {
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                // For a user without rights it does nothing. It only concerns the thread that calls it.
+                #[expect(unsafe_code, reason = "root ignores permissions, and tests may run as root")]
+                // SAFETY: it takes and changes a number.
+                unsafe {
+                    libc::setfsuid(65534);
+                }
+                test();
+            });
+        });
+    }
+
+    #[test]
+    fn opens_without_changing_anything() {
+        let (_dir, path) = image(4096);
+        fs::write(&path, [7; 1024]).unwrap();
+        let before = fs::metadata(&path).unwrap();
+        let disk = Disk::open(&path, false, "disk0").unwrap();
+        assert_eq!((disk.size(), disk.readonly(), disk.id()), (1024, false, "disk0"));
+        drop(disk);
+        let after = fs::metadata(&path).unwrap();
+        assert_eq!(before.modified().unwrap(), after.modified().unwrap());
+        assert_eq!(fs::read(&path).unwrap(), [7; 1024]);
+    }
+
+    #[test]
+    fn refuses_what_is_no_image() {
+        let _alone = FORKING.lock();
+        let (dir, path) = image(0);
+        assert!(refusal(&path, false).contains("is empty"));
+        assert!(refusal(dir.path(), true).contains("is a directory"));
+        assert!(refusal(Path::new("/dev/null"), false).contains("is a character device"));
+        let missing = dir.path().join("missing");
+        assert!(refusal(&missing, false).contains("does not exist"));
+        assert!(!missing.exists());
+        let pipe = dir.path().join("pipe");
+        assert!(Command::new("mkfifo").arg(&pipe).status().unwrap().success());
+        assert!(refusal(&pipe, true).contains("is a pipe"));
+        assert!(refusal(&path.join("below"), true).contains("cannot be opened"));
+    }
+
+    #[test]
+    fn a_partial_sector_is_refused_with_the_size_that_would_do() {
+        let (_dir, path) = image(1025);
+        assert!(refusal(&path, true).contains("truncate -s 1536 "));
+        File::options().write(true).open(&path).unwrap().set_len(1536).unwrap();
+        assert_eq!(Disk::open(&path, true, "disk0").unwrap().size(), 1536);
+    }
+
+    #[test]
+    fn tells_unreadable_from_unwritable() {
+        let (dir, path) = image(512);
+        fs::set_permissions(dir.path(), Permissions::from_mode(0o755)).unwrap();
+        fs::set_permissions(&path, Permissions::from_mode(0o000)).unwrap();
+        as_nobody(|| {
+            assert!(refusal(&path, true).contains("cannot be read"));
+            assert!(refusal(&path, false).contains("cannot be read"));
+        });
+        fs::set_permissions(&path, Permissions::from_mode(0o444)).unwrap();
+        as_nobody(|| {
+            assert!(refusal(&path, false).contains("readonly=on"));
+            assert!(Disk::open(&path, true, "disk0").is_ok());
+        });
+    }
+
+    #[test]
+    fn an_image_has_one_writer_or_many_readers() {
+        let _alone = FORKING.lock();
+        let (_dir, path) = image(512);
+        let writer = Disk::open(&path, false, "disk0").unwrap();
+        assert!(refusal(&path, false).contains("locked by another disk of this VM"));
+        assert!(refusal(&path, true).contains("locked by another disk of this VM"));
+        drop(writer);
+        let readers = [(); 2].map(|()| Disk::open(&path, true, "disk0").unwrap());
+        assert!(refusal(&path, false).contains("locked"));
+        drop(readers);
+        Disk::open(&path, false, "disk0").unwrap();
+    }
 }

@@ -67,3 +67,39 @@ fn has_lock(fdinfo: &Path) -> bool {
     let excludes = |line: &str| line.starts_with("lock:") && (line.contains(" OFDLCK ") || line.contains(" POSIX "));
     fs::read_to_string(fdinfo).is_ok_and(|info| info.lines().any(excludes))
 }
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+    use std::process::Command;
+    use std::sync::Mutex;
+
+    /// Held by tests that start processes or depend on who holds a lock: between fork and exec, a child has them all.
+    pub(crate) static FORKING: Mutex<()> = Mutex::new(());
+
+    #[test]
+    fn names_the_process_that_holds_the_lock() {
+        let _alone = FORKING.lock();
+        let path = tempfile::NamedTempFile::new().unwrap().into_temp_path();
+        let ours = File::options().write(true).open(&path).unwrap();
+        let held = File::open(&path).unwrap();
+        assert!(try_lock(&held, false).unwrap());
+        assert_eq!(find_holder(&ours).unwrap().pid, std::process::id());
+
+        // A child that inherits the descriptor holds the lock as well; now it alone does.
+        let mut sleeper = Command::new("sleep").arg("600").stdin(held).spawn().unwrap();
+        assert!(!try_lock(&ours, true).unwrap());
+        let holder = loop {
+            // Until it has become `sleep`, it still has our name.
+            match find_holder(&ours) {
+                Some(holder) if holder.command == "sleep" => break holder,
+                _ => std::thread::yield_now(),
+            }
+        };
+        sleeper.kill().unwrap();
+        sleeper.wait().unwrap();
+        assert_eq!(holder.pid, sleeper.id());
+        assert!(try_lock(&ours, true).unwrap());
+        assert_eq!(find_holder(&File::open(&path).unwrap()).unwrap().pid, std::process::id());
+    }
+}

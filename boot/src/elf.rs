@@ -183,20 +183,16 @@ impl Elf {
 
 /// Unpacks a payload and copies its segments into guest memory as they come.
 pub(crate) fn load_payload(memory: &GuestMemoryMmap, payload: &Payload) -> Result<Elf, BootError> {
-    let mut image: Option<Elf> = None;
-    payload.unpack(|at, piece| {
-        let elf = match &image {
-            Some(elf) => elf,
-            None if !piece.starts_with(&MAGIC) => return Err(payload.compression.corrupt("it is not an ELF image")),
-            None => {
-                let elf = Elf::parse(piece, payload.unpacked_len)?;
-                elf.prepare(memory)?;
-                image.insert(elf)
-            }
-        };
-        elf.place(memory, at, piece)
-    })?;
-    let mut elf = image.ok_or_else(|| payload.compression.corrupt("it is empty"))?;
+    let first = |piece: &[u8]| {
+        if !piece.starts_with(&MAGIC) {
+            return Err(payload.compression.corrupt("it is not an ELF image"));
+        }
+        let elf = Elf::parse(piece, payload.unpacked_len)?;
+        elf.prepare(memory)?;
+        elf.place(memory, 0, piece)?;
+        Ok(elf)
+    };
+    let mut elf = payload.unpack(first, |elf, at, piece| elf.place(memory, at, piece))?;
     elf.pvh_entry = elf.placed_pvh_entry(memory)?;
     Ok(elf)
 }

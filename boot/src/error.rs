@@ -135,9 +135,9 @@ pub enum BootError {
     /// Reading the initrd failed.
     #[error("cannot read the initrd: {0}")]
     ReadInitrd(#[source] io::Error),
-    /// No room between the kernel and the end of the memory it may use.
+    /// No room above or below the kernel in the memory it may use.
     #[error(
-        "the initrd of {} MiB does not fit: {} MiB are free above the kernel (below {limit:#x}); give the machine more \
+        "the initrd of {} MiB does not fit: {} MiB are free beside the kernel (below {limit:#x}); give the machine more \
          memory or make the initrd smaller",
         mib(*.size), mib_down(*.free)
     )]

@@ -116,6 +116,7 @@ pub struct Loaded {
 /// # Panics
 /// If `request.e820` has more than [`e820::MAX_ENTRIES`] entries.
 pub fn load(memory: &GuestMemoryMmap, request: &Request) -> Result<Loaded, BootError> {
+    assert!(request.e820.len() <= e820::MAX_ENTRIES, "a memory map longer than the zero page can hold");
     check_low_memory(memory)?;
     let kernel = kernel::load(memory, request)?;
     cmdline::write(memory, request.cmdline, kernel.cmdline_max)?;
@@ -316,7 +317,9 @@ mod tests {
                 let request = Request { initrd: Some(&initrd), protocol, unpack, ..request(&kernel, &e820) };
                 if let Ok(loaded) = load(&memory, &request) {
                     assert!(loaded.state.rip >= 0x10_0000 && loaded.kernel.1 <= 8 << 20);
-                    assert!(loaded.initrd.is_some_and(|initrd| initrd.0 >= loaded.kernel.1));
+                    assert!(
+                        loaded.initrd.is_some_and(|initrd| initrd.0 >= loaded.kernel.1 || initrd.1 <= loaded.kernel.0)
+                    );
                 }
             }
         }

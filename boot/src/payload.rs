@@ -1,8 +1,11 @@
 //! The compressed vmlinux inside a bzImage, unpacked on the host: what the guest would otherwise spend its first
-//! moments on. Called by the main thread while the machine is built.
+//! moments on. Called by the main thread while the machine is built; a few threads help it and are gone when it returns.
 
 use std::fs::File;
+use std::ops::Range;
 use std::os::unix::fs::FileExt;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread;
 
 use crate::bytes::u32_at;
 use crate::bzimage::{self, BzImage};
@@ -26,11 +29,13 @@ const MAGICS: &[(&[u8], &str, Option<Compression>)] = &[
     (b"\x89LZO", "LZO", None),
 ];
 
-const LZ4_MAGIC: u32 = 0x184c_2102;
 /// Bytes a block unpacks to, the last one excepted.
 const LZ4_BLOCK: usize = 8 << 20;
 /// Bytes a block can take packed: incompressible data grows by 1/255.
 const LZ4_PACKED_MAX: usize = LZ4_BLOCK + LZ4_BLOCK / 255 + 16;
+
+/// Decoding threads: a kernel has about seven blocks, and each thread takes up to 16 MiB while it works.
+const THREADS_MAX: usize = 4;
 
 /// The payload of a bzImage: where it is and what it is.
 #[derive(Debug)]
@@ -81,61 +86,106 @@ impl<'a> Payload<'a> {
         Ok(Self { file, start: start + 4, end, compression, unpacked_len })
     }
 
-    /// Unpacks the payload, an ELF image, and hands it to `take` piece by piece: the offset in the image and the bytes.
-    /// The pieces follow each other without a gap, add up to [`Payload::unpacked_len`], and are at most 8 MiB long; all
-    /// but the last are at least 1 MiB.
+    /// Unpacks the payload, an ELF image. Its first piece goes to `first`; what that returns goes to `rest` with every
+    /// further piece and its offset in the image, from several threads at once and in no particular order. Pieces are
+    /// 8 MiB long, but for the last one; together they are [`Payload::unpacked_len`] bytes without a gap.
     ///
     /// # Errors
-    /// [`BootError::CorruptPayload`], [`BootError::ReadKernel`], and the first error of `take`.
-    pub fn unpack(&self, mut take: impl FnMut(u64, &[u8]) -> Result<(), BootError>) -> Result<(), BootError> {
-        let mut unpacked = 0;
+    /// [`BootError::CorruptPayload`], [`BootError::ReadKernel`], and the first error of `first` or `rest`.
+    pub fn unpack<T: Sync>(
+        &self,
+        first: impl FnOnce(&[u8]) -> Result<T, BootError>,
+        rest: impl Fn(&T, u64, &[u8]) -> Result<(), BootError> + Sync,
+    ) -> Result<T, BootError> {
         match self.compression {
-            Compression::Lz4 => self.unpack_lz4(|piece| {
-                let at = unpacked;
-                unpacked += piece.len() as u64;
-                if unpacked > self.unpacked_len {
-                    return Err(self.compression.corrupt("it is longer than its trailing length says"));
-                }
-                take(at, piece)
-            }),
-        }?;
-        if unpacked < self.unpacked_len {
-            return Err(self.compression.corrupt("it is shorter than its trailing length says"));
+            Compression::Lz4 => self.unpack_lz4(first, rest),
         }
-        Ok(())
     }
 
-    fn unpack_lz4(&self, mut take: impl FnMut(&[u8]) -> Result<(), BootError>) -> Result<(), BootError> {
-        let corrupt = |what: &str| self.compression.corrupt(what);
-        let mut packed = vec![0; LZ4_PACKED_MAX];
-        let mut unpacked = vec![0; LZ4_BLOCK];
+    fn unpack_lz4<T: Sync>(
+        &self,
+        first: impl FnOnce(&[u8]) -> Result<T, BootError>,
+        rest: impl Fn(&T, u64, &[u8]) -> Result<(), BootError> + Sync,
+    ) -> Result<T, BootError> {
+        let blocks = self.lz4_blocks()?;
+        let mut decoder = Lz4::default();
+        let start = first(decoder.block(self, &blocks, 0)?)?;
+        let next = AtomicUsize::new(1);
+        let work = |mut decoder: Lz4| -> Result<(), BootError> {
+            loop {
+                let index = next.fetch_add(1, Ordering::Relaxed);
+                if index >= blocks.len() {
+                    return Ok(());
+                }
+                rest(&start, (index * LZ4_BLOCK) as u64, decoder.block(self, &blocks, index)?)?;
+            }
+        };
+        thread::scope(|scope| {
+            let threads = thread::available_parallelism().map_or(1, usize::from).min(THREADS_MAX).min(blocks.len());
+            // A thread that cannot be had leaves its share to the others, in the end to this one.
+            let spawn =
+                |_| thread::Builder::new().name("unpack".into()).spawn_scoped(scope, || work(Lz4::default())).ok();
+            let others: Vec<_> = (1..threads).filter_map(spawn).collect();
+            let own = work(decoder);
+            others.into_iter().map(|it| it.join().expect("a decoder does not panic")).fold(own, Result::and)
+        })?;
+        Ok(start)
+    }
+
+    /// Where the blocks are in the file. As many as the unpacked length makes, which bounds them.
+    fn lz4_blocks(&self) -> Result<Vec<Range<u64>>, BootError> {
+        let mut blocks = Vec::new();
         let mut at = self.start;
         while at < self.end {
-            let size = self.read(&mut packed[..4], at).map(|header| u32_at(header, 0))?;
+            let mut header = [0; 4];
+            let size = u64::from(u32_at(self.read(&mut header, at)?, 0));
             at += 4;
-            if size == LZ4_MAGIC {
-                continue;
+            if size > LZ4_PACKED_MAX as u64 {
+                return Err(self.compression.corrupt("a block is too large"));
             }
-            let block = packed.get_mut(..size as usize).ok_or(corrupt("a block is too large"))?;
-            let block = self.read(block, at)?;
-            at += u64::from(size);
-            let len =
-                lz4_flex::block::decompress_into(block, &mut unpacked).map_err(|error| corrupt(&error.to_string()))?;
-            if len < LZ4_BLOCK && at < self.end {
-                return Err(corrupt("a block in the middle is short"));
+            blocks.push(at..at + size);
+            at += size;
+            if blocks.len() as u64 > self.unpacked_len.div_ceil(LZ4_BLOCK as u64) {
+                return Err(self.compression.corrupt("it is longer than its trailing length says"));
             }
-            take(&unpacked[..len])?;
         }
-        Ok(())
+        if blocks.len() as u64 != self.unpacked_len.div_ceil(LZ4_BLOCK as u64) || blocks.is_empty() {
+            return Err(self.compression.corrupt("it is shorter than its trailing length says"));
+        }
+        Ok(blocks)
     }
 
-    /// Fills `buffer` from file offset `at`, which has to lie in the payload.
+    /// Fills `buffer` from file offset `at`; all of it has to lie in the payload.
     fn read<'b>(&self, buffer: &'b mut [u8], at: u64) -> Result<&'b [u8], BootError> {
         if at + buffer.len() as u64 > self.end {
             return Err(self.compression.corrupt("a block reaches past the end"));
         }
         self.file.read_exact_at(buffer, at).map_err(BootError::ReadKernel)?;
         Ok(buffer)
+    }
+}
+
+/// The buffers of one decoding thread.
+#[derive(Default)]
+struct Lz4 {
+    packed: Vec<u8>,
+    unpacked: Vec<u8>,
+}
+
+impl Lz4 {
+    /// Unpacks one of the blocks, which has to have the length its place asks for.
+    fn block(&mut self, payload: &Payload, blocks: &[Range<u64>], index: usize) -> Result<&[u8], BootError> {
+        let Range { start, end } = blocks[index];
+        self.packed.resize((end - start) as usize, 0);
+        let expected = (payload.unpacked_len - (index * LZ4_BLOCK) as u64).min(LZ4_BLOCK as u64);
+        self.unpacked.resize(expected as usize, 0);
+        let packed = payload.read(&mut self.packed, start)?;
+        let len = lz4_flex::block::decompress_into(packed, &mut self.unpacked)
+            .map_err(|error| payload.compression.corrupt(&error.to_string()))?;
+        if len < self.unpacked.len() {
+            return Err(payload.compression.corrupt("it is shorter than its trailing length says"));
+        }
+        Ok(&self.unpacked)
     }
 }
 
@@ -153,6 +203,8 @@ impl Compression {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Mutex;
+
     use super::*;
     use crate::synthetic::{
         LOAD, Part, bzimage_with_payload, dirty_memory, elf, file, lz4_frame, lz4_literals, map, pvh_notes, read,
@@ -162,13 +214,20 @@ mod tests {
 
     fn unpacked(image: &[u8]) -> Result<Vec<u8>, BootError> {
         let file = file(image);
-        let mut content = Vec::new();
-        Payload::open(&file)?.unpack(|at, piece| {
-            assert_eq!(at, content.len() as u64);
-            content.extend(piece);
-            Ok(())
-        })?;
-        Ok(content)
+        let payload = Payload::open(&file)?;
+        let content = Mutex::new(vec![0; payload.unpacked_len as usize]);
+        let put = |at: u64, piece: &[u8]| content.lock().unwrap()[at as usize..][..piece.len()].copy_from_slice(piece);
+        payload.unpack(
+            |piece| {
+                put(0, piece);
+                Ok(())
+            },
+            |(), at, piece| {
+                put(at, piece);
+                Ok(())
+            },
+        )?;
+        Ok(content.into_inner().unwrap())
     }
 
     /// A kernel longer than a block of LZ4, with its notes behind the first one.
@@ -249,16 +308,19 @@ mod tests {
         assert_eq!(unpacked(&bzimage_with_payload(&frame(size, &block), 100)).unwrap(), content);
         let short = lz4_frame(&content)[4..].to_vec();
         for (payload, len, what) in [
-            (frame(size, &block), 99, "longer than"),
+            (frame(size, &block), 99, "small"),
             (frame(size, &block), 101, "shorter than"),
             (frame(size + 1, &block), 100, "past the end"),
             (frame(u32::MAX, &block), 100, "too large"),
             (frame(size, &block)[..9].to_vec(), 100, "past the end"),
-            ([frame(size, &block), short].concat(), 200, "in the middle"),
+            ([frame(size, &block), short.clone()].concat(), 200, "longer than"),
+            ([frame(size, &block), short].concat(), (8 << 20) + 100, "shorter than"),
             (frame(size, &vec![0xff; block.len()]), 100, ""),
             (frame(size, &block), 1 << 30, "init_size"),
         ] {
-            let error = unpacked(&bzimage_with_payload(&payload, len)).unwrap_err();
+            let mut image = bzimage_with_payload(&payload, len);
+            image[0x260..0x264].copy_from_slice(&(16u32 << 20).to_le_bytes());
+            let error = unpacked(&image).unwrap_err();
             let BootError::CorruptPayload { payload: "LZ4", .. } = &error else { panic!("{error:?}") };
             assert!(error.to_string().contains(what), "{error}");
         }

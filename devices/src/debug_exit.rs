@@ -19,7 +19,8 @@ impl DebugExit {
 }
 
 /// The exit status of the process for a `value` written by the guest: `(value << 1) | 1`, as in QEMU, of which the host
-/// keeps the low 8 bits. So the status is always odd, never the 0 of a poweroff, and 127 values can be told apart from it.
+/// keeps the low 8 bits. So the status is always odd, never the 0 of a poweroff, and 127 values can be told apart from
+/// it.
 pub fn exit_status(value: u32) -> u8 {
     ((value << 1) | 1) as u8
 }

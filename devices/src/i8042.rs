@@ -38,8 +38,8 @@ const GATE_A20: u8 = 1 << 1;
 const SELF_TEST_PASSED: u8 = 0x55;
 const NOT_CONNECTED: u8 = 0xff;
 
-/// The controller at ports 0x60 and 0x64, without keyboard and mouse. Command 0xFE is the machine's reset, which is also
-/// what the ACPI reset register writes.
+/// The controller at ports 0x60 and 0x64, without keyboard and mouse. Command 0xFE is the machine's reset, which is
+/// also what the ACPI reset register writes.
 pub struct I8042 {
     power: PowerLine,
     state: Mutex<State>,

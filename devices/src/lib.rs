@@ -1,4 +1,4 @@
-//! The devices of the machine. A notification arrives as an eventfd, an interrupt leaves as one; nothing here knows KVM.
+//! The devices of the machine. A notification arrives as an eventfd, an interrupt leaves as one; nothing knows KVM.
 
 pub mod acpi;
 pub mod bus;

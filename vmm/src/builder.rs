@@ -25,7 +25,8 @@ use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use crate::config::{BootProtocol, VmConfig};
+use crate::config::{BootProtocol, VmConfig, format_size};
+use crate::console::Console;
 use crate::cpuid::{self, Topology};
 use crate::exit::{ExitLine, ExitReason};
 use crate::irq::KvmInterrupts;
@@ -69,12 +70,12 @@ impl VmBuilder<'_> {
     ///
     /// # Errors
     /// One line that names the option and the remedy. Nothing runs then, and no image was touched.
-    pub fn build(&self) -> anyhow::Result<Machine> {
+    pub fn build(&self, console: &mut Console) -> anyhow::Result<Machine> {
         let supported =
             self.kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).context("KVM does not tell its CPUID leaves")?;
         let layout = Layout::new(self.config.memory.size, cpuid::address_bits(&supported)).with_context(|| {
-            let (size, bits) = (self.config.memory.size >> 20, cpuid::address_bits(&supported));
-            format!("--memory {size}M: this CPU's guests address {bits} bits of memory; give the guest less")
+            let (size, bits) = (format_size(self.config.memory.size), cpuid::address_bits(&supported));
+            format!("--memory {size}: this CPU's guests address {bits} bits of memory; give the guest less")
         })?;
         let (vm, extended_destination) = self.create_vm()?;
         let memory = memory::map(&self.config.memory, &layout.ram)?;
@@ -82,9 +83,9 @@ impl VmBuilder<'_> {
 
         let interrupts = Arc::new(KvmInterrupts::new(vm.clone(), extended_destination));
         let mut buses = Buses::default();
-        let serial = self.add_com1(&mut buses, &interrupts)?;
+        let serial = add_com1(&mut buses, &interrupts, console)?;
         self.add_board(&mut buses);
-        let power_button = self.power_button(&interrupts)?;
+        let power_button = power_button(&interrupts)?;
         let functions = self.add_pci(&mut buses, &layout, &memory, &interrupts)?;
 
         acpi::write(&memory, layout::ACPI_TABLES, &self.acpi_config(&layout))?;
@@ -134,15 +135,6 @@ impl VmBuilder<'_> {
         Ok((Arc::new(vm), extended_destination))
     }
 
-    fn add_com1(&self, buses: &mut Buses, interrupts: &KvmInterrupts) -> anyhow::Result<Arc<Serial>> {
-        let interrupt = EventFd::new(EFD_NONBLOCK).context("no eventfd for COM1")?;
-        interrupts.attach_pin(gsi::COM1, &interrupt).context("KVM_IRQFD for COM1")?;
-        let console = &self.resources.console;
-        let serial = Arc::new(Serial::new(interrupt, console.output(), console.room()?));
-        buses.pio.insert(u64::from(port::COM1), devices::serial::PORTS, serial.clone());
-        Ok(serial)
-    }
-
     /// The devices of the board that have neither interrupts nor threads.
     fn add_board(&self, buses: &mut Buses) {
         let exit = self.exit.clone();
@@ -162,12 +154,6 @@ impl VmBuilder<'_> {
         if let Some(port) = self.config.debug_exit {
             add(port, devices::debug_exit::PORTS, Arc::new(DebugExit::new(power)));
         }
-    }
-
-    fn power_button(&self, interrupts: &KvmInterrupts) -> anyhow::Result<PowerButton> {
-        let event = EventFd::new(EFD_NONBLOCK).context("no eventfd for the power button")?;
-        interrupts.attach_pin(gsi::POWER_BUTTON, &event).context("KVM_IRQFD for the power button")?;
-        Ok(PowerButton::new(event))
     }
 
     /// The root bus with every virtio device on it, BARs assigned.
@@ -250,11 +236,25 @@ impl VmBuilder<'_> {
                 (Subject::Initrd, Some(path)) => format!("--initrd {}", named(path)),
                 (Subject::Initrd, None) => "--initrd".into(),
                 (Subject::Cmdline, _) => "--cmdline".into(),
-                (Subject::Memory, _) => format!("--memory {}M", self.config.memory.size >> 20),
+                (Subject::Memory, _) => format!("--memory {}", format_size(self.config.memory.size)),
             };
             anyhow::Error::new(error).context(subject)
         })
     }
+}
+
+fn add_com1(buses: &mut Buses, interrupts: &KvmInterrupts, console: &mut Console) -> anyhow::Result<Arc<Serial>> {
+    let interrupt = EventFd::new(EFD_NONBLOCK).context("no eventfd for COM1")?;
+    interrupts.attach_pin(gsi::COM1, &interrupt).context("KVM_IRQFD for COM1")?;
+    let serial = console.attach(interrupt).context("no eventfd for COM1")?;
+    buses.pio.insert(u64::from(port::COM1), devices::serial::PORTS, serial.clone());
+    Ok(serial)
+}
+
+fn power_button(interrupts: &KvmInterrupts) -> anyhow::Result<PowerButton> {
+    let event = EventFd::new(EFD_NONBLOCK).context("no eventfd for the power button")?;
+    interrupts.attach_pin(gsi::POWER_BUTTON, &event).context("KVM_IRQFD for the power button")?;
+    Ok(PowerButton::new(event))
 }
 
 fn create_vcpu(vm: &VmFd, id: u32, leaves: &CpuId) -> anyhow::Result<VcpuFd> {

@@ -16,41 +16,47 @@ use vm_memory::{
     Address, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap,
 };
 
-use crate::config::MemoryConfig;
+use crate::config::{MemoryConfig, format_size};
 
 /// Why the guest has no memory.
 #[derive(Debug, Error)]
 pub enum MemoryError {
     /// The host refuses the mapping.
-    #[error("--memory {}M: the host cannot map it: {source}; {remedy}", size >> 20)]
+    #[error("--memory {}: the host cannot map it: {error}; {remedy}", format_size(*size))]
     Map {
         /// Bytes asked for.
         size: u64,
         /// What to do about it.
         remedy: &'static str,
         /// What the host said.
-        source: io::Error,
+        error: io::Error,
     },
     /// KVM refuses the region.
-    #[error("KVM refuses guest memory at {base:#x}: {source}; check the kernel's log (dmesg)")]
+    #[error("KVM refuses guest memory at {base:#x}: {error}; check the kernel's log (dmesg)")]
     Register {
         /// Guest address.
         base: u64,
         /// What KVM said.
-        source: kvm_ioctls::Error,
+        error: kvm_ioctls::Error,
     },
 }
 
 /// Maps the RAM `ranges` as `config` asks. The pages are zero and not touched yet, unless `prefault` is on.
+///
+/// # Errors
+/// If the host has not that much memory to give, or not of that kind.
+///
+/// # Panics
+/// If `ranges` overlap or are not ascending: the layout is ours.
 pub fn map(config: &MemoryConfig, ranges: &[Range<u64>]) -> Result<Arc<GuestMemoryMmap>, MemoryError> {
-    let failed = |source| MemoryError::Map {
+    let failed = |error| MemoryError::Map {
         size: config.size,
         remedy: if config.hugepages {
             "reserve huge pages first (sysctl vm.nr_hugepages=N, 2 MiB each) or leave out hugepages=on"
         } else {
             "give the guest less memory, or raise the limits that apply (ulimit -v, cgroup memory.max)"
         },
-        source,
+        error,
     };
     let file = if config.shared { Some(Arc::new(memfd(config).map_err(failed)?)) } else { None };
     let mut offset = 0;
@@ -124,7 +130,7 @@ pub fn register(vm: &VmFd, memory: &GuestMemoryMmap) -> Result<(), MemoryError> 
             userspace_addr: region.as_ptr() as u64,
         };
         // SAFETY: the range is a mapping of ours; `Machine` drops it only after the vCPUs and the VM.
-        unsafe { vm.set_user_memory_region(slot) }.map_err(|source| MemoryError::Register { base, source })?;
+        unsafe { vm.set_user_memory_region(slot) }.map_err(|error| MemoryError::Register { base, error })?;
     }
     Ok(())
 }
@@ -160,6 +166,6 @@ mod tests {
         let size = 1 << 46;
         let config = MemoryConfig { size, hugepages: true, prefault: false, shared: false };
         let error = map(&config, std::slice::from_ref(&(0..size))).unwrap_err().to_string();
-        assert!(error.starts_with("--memory 67108864M: ") && error.contains("hugepages=on"), "{error}");
+        assert!(error.starts_with("--memory 64T: ") && error.contains("hugepages=on"), "{error}");
     }
 }

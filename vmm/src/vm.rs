@@ -1,11 +1,13 @@
 //! The life of one `skiff run`: open what the user named, build the machine, let it run, build it again when the guest
 //! reboots, and put everything down in order. All of it on the main thread.
 
+use std::cell::RefCell;
 use std::fs::File;
-use std::io::Read;
+use std::io::{ErrorKind, Read};
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
+use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
@@ -31,12 +33,10 @@ pub struct Resources {
     pub initrd: Option<File>,
     /// One a `--disk`, in their order. The locks on the images are held until this is dropped.
     pub disks: Vec<Arc<Disk>>,
-    /// What COM1 is connected to.
-    pub console: Arc<Console>,
 }
 
 impl Resources {
-    /// Opens everything `config` names. Nothing is written to and the terminal is left as it is.
+    /// Opens every image `config` names. Nothing is written to.
     ///
     /// # Errors
     /// One line that names the option, the file and the remedy.
@@ -48,16 +48,25 @@ impl Resources {
             .iter()
             .map(|disk| {
                 let opened = Disk::open(&disk.path, disk.readonly, &disk.id);
-                opened.map(Arc::new).with_context(|| format!("--disk path={}", disk.path.display()))
+                opened.map(Arc::new).context("--disk")
             })
             .collect::<anyhow::Result<_>>()?;
-        let console = Arc::new(Console::open(&config.serial)?);
-        Ok(Self { kernel, initrd, disks, console })
+        Ok(Self { kernel, initrd, disks })
     }
 }
 
 fn open(option: &str, path: &Path) -> anyhow::Result<File> {
-    File::open(path).with_context(|| format!("{option} {}", path.display()))
+    File::open(path).map_err(|error| {
+        let remedy = match error.kind() {
+            ErrorKind::NotFound => "no such file; check the path".to_owned(),
+            ErrorKind::PermissionDenied => {
+                "permission denied; make the file readable for you (Debian's kernels are root's: copy one, or use sudo)"
+                    .to_owned()
+            }
+            _ => format!("cannot be opened: {error}"),
+        };
+        anyhow::anyhow!("{option} {}: {remedy}", path.display())
+    })
 }
 
 /// Runs the machine that `config` describes until it ends for good, and says how it ended.
@@ -68,10 +77,11 @@ pub fn run(config: &VmConfig) -> anyhow::Result<ExitReason> {
     let kvm = kvm::open()?;
     let resources = Resources::open(config)?;
     let exit = Arc::new(ExitLine::new().context("no eventfd")?);
-    let mut control = Control::new(config.grace, &exit, &resources.console)?;
+    let mut control = Control::new(config, &exit)?;
     loop {
-        let machine = VmBuilder { kvm: &kvm, config, resources: &resources, exit: &exit }.build()?;
-        let reason = run_machine(machine, &mut control, &resources)?;
+        let builder = VmBuilder { kvm: &kvm, config, resources: &resources, exit: &exit };
+        let machine = builder.build(&mut control.console.borrow_mut())?;
+        let reason = run_machine(machine, &mut control)?;
         let restart = reason == ExitReason::Reset && config.on_reboot == OnReboot::Restart && !control.is_stopping();
         if !restart {
             return Ok(reason);
@@ -81,9 +91,8 @@ pub fn run(config: &VmConfig) -> anyhow::Result<ExitReason> {
 }
 
 /// From the first instruction to the last flush.
-fn run_machine(machine: Machine, control: &mut Control, resources: &Resources) -> anyhow::Result<ExitReason> {
+fn run_machine(machine: Machine, control: &mut Control) -> anyhow::Result<ExitReason> {
     let Machine { vcpus, serial, power_button, functions, .. } = machine;
-    resources.console.connect(serial.clone());
     let running = VcpuThreads::start(vcpus).context("no thread for a vCPU");
     let waited = running.and_then(|_threads| {
         let waited = control.wait(&power_button);
@@ -91,7 +100,6 @@ fn run_machine(machine: Machine, control: &mut Control, resources: &Resources) -
         serial.release();
         waited
     });
-    resources.console.disconnect();
     for function in &functions {
         function.reset();
     }
@@ -101,7 +109,8 @@ fn run_machine(machine: Machine, control: &mut Control, resources: &Resources) -
 
 /// What reaches a running machine from outside: signals, keys, and the announcement of its end.
 struct Control {
-    events: EventManager<Box<dyn MutEventSubscriber>>,
+    events: EventManager<Rc<RefCell<dyn MutEventSubscriber>>>,
+    console: Rc<RefCell<Console>>,
     exit: Arc<ExitLine>,
     grace: Duration,
     stops: Arc<AtomicU32>,
@@ -109,26 +118,25 @@ struct Control {
 }
 
 impl Control {
-    fn new(grace: Duration, exit: &Arc<ExitLine>, console: &Arc<Console>) -> anyhow::Result<Self> {
+    fn new(config: &VmConfig, exit: &Arc<ExitLine>) -> anyhow::Result<Self> {
         let stops = Arc::new(AtomicU32::new(0));
-        let mut events = EventManager::<Box<dyn MutEventSubscriber>>::new().context("no epoll")?;
         let (receiver, sender) = UnixStream::pair().context("no socket pair for signals")?;
         receiver.set_nonblocking(true).context("signals")?;
         for signal in [SIGTERM, SIGINT, SIGHUP] {
             let sender = sender.try_clone().context("signals")?;
             signal_hook::low_level::pipe::register(signal, sender).context("signals")?;
         }
-        events.add_subscriber(Box::new(Signals { receiver, stops: stops.clone() }));
-        events.add_subscriber(Box::new(Ended(exit.clone())));
-        events.add_subscriber(console.input(Self::on_key(exit.clone(), stops.clone())));
-        Ok(Self { events, exit: exit.clone(), grace, stops, deadline: None })
-    }
-
-    fn on_key(exit: Arc<ExitLine>, stops: Arc<AtomicU32>) -> impl Fn(ConsoleAction) + 'static {
-        move |action| match action {
-            ConsoleAction::Quit => exit.raise(ExitReason::Quit),
-            ConsoleAction::PowerButton => _ = stops.fetch_add(1, Ordering::Relaxed),
-        }
+        let (quit, button) = (exit.clone(), stops.clone());
+        let console = Console::open(&config.serial, move |action| match action {
+            ConsoleAction::Quit => quit.raise(ExitReason::Quit),
+            ConsoleAction::PowerButton => _ = button.fetch_add(1, Ordering::Relaxed),
+        })?;
+        let console = Rc::new(RefCell::new(console));
+        let mut events = EventManager::<Rc<RefCell<dyn MutEventSubscriber>>>::new().context("no epoll")?;
+        events.add_subscriber(Rc::new(RefCell::new(Signals { receiver, stops: stops.clone() })));
+        events.add_subscriber(Rc::new(RefCell::new(Ended(exit.clone()))));
+        events.add_subscriber(console.clone());
+        Ok(Self { events, console, exit: exit.clone(), grace: config.grace, stops, deadline: None })
     }
 
     /// Handles events until the end of the machine is announced. The first request to stop presses the power button;

@@ -50,7 +50,8 @@ pub struct Completion {
     pub result: io::Result<()>,
 }
 
-/// Moves bytes between an image and guest memory. All engines complete the same way; nothing above asks which one it is.
+/// Moves bytes between an image and guest memory. All engines complete the same way; nothing above asks which
+/// one it is.
 ///
 /// Every pushed op completes exactly once, in any order. `EAGAIN` and a full ring park it in a FIFO and are never
 /// reported; whatever else goes wrong is the result of the op. Dropping an engine waits for what is in flight.
@@ -64,11 +65,16 @@ pub trait Engine: Send {
     /// Appends what has completed to `completions`, without blocking.
     fn reap(&mut self, completions: &mut Vec<Completion>);
 
-    /// Written when something completes after a [`Engine::reap`] that found nothing; an owner who still reaps need not be
-    /// told. Nobody reads it, so wait for it edge-triggered, and only after such a `reap`.
+    /// Written when something completes after a [`Engine::reap`] that found nothing; an owner who still reaps need not
+    /// be told. Nobody reads it, so wait for it edge-triggered, and only after such a `reap`.
     fn completion_event(&self) -> &EventFd;
 
     /// Submits what was pushed and returns when nothing is in flight; appends the last completions. Called at reset, on
     /// the worker thread.
     fn drain(&mut self, completions: &mut Vec<Completion>);
 }
+
+#[cfg(test)]
+mod conformance;
+#[cfg(test)]
+mod faulty;

@@ -165,8 +165,8 @@ impl Shared {
         self.state.lock().expect(POISONED)
     }
 
-    /// Brings one more thread to the FIFO, unless one is on its way. Each that comes does the same, so the owner pays for
-    /// one wake-up however long its batch is.
+    /// Brings one more thread to the FIFO, unless one is on its way. Each that comes does the same, so the owner pays
+    /// for one wake-up however long its batch is.
     fn wake(self: &Arc<Self>, state: &mut State) {
         if state.fifo.is_empty() || state.waking {
             return;
@@ -264,5 +264,128 @@ impl Shared {
 impl State {
     fn in_flight(&self) -> bool {
         self.running > 0 || !self.fifo.is_empty()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    use crate::engine::OpKind;
+    use crate::engine::conformance::{self, await_completions, disk, memory, op};
+    use crate::engine::faulty::{Call, Faulty};
+
+    fn limit(threads: usize) -> NonZeroUsize {
+        NonZeroUsize::new(threads).unwrap()
+    }
+
+    fn pool(threads: usize) -> impl Fn(Arc<Disk>) -> Box<dyn Engine> {
+        move |disk| Box::new(ThreadPool::new(disk, limit(threads), "test-io").unwrap())
+    }
+
+    #[test]
+    fn moves_the_right_bytes() {
+        conformance::bytes(pool(1));
+        conformance::bytes(pool(4));
+    }
+
+    #[test]
+    fn completes_exactly_once() {
+        conformance::exactly_once(pool(1));
+        conformance::exactly_once(pool(16));
+    }
+
+    #[test]
+    fn refuses_bad_buffers() {
+        conformance::bad_buffers(pool(4));
+    }
+
+    #[test]
+    fn drains() {
+        conformance::drain(pool(1));
+        conformance::drain(pool(4));
+    }
+
+    #[test]
+    fn takes_requests_in_the_order_they_came() {
+        let (_dir, _path, disk) = disk(1 << 20);
+        let memory = memory(4096);
+        let image = Faulty::new(disk, &[]);
+        let mut pool = ThreadPool::start(image.clone(), limit(1), "test-io", IDLE).unwrap();
+        for tag in 0..200 {
+            pool.push(op(OpKind::Read, u64::from(tag) * 512, &[(0, 512)], &memory), tag);
+            pool.submit();
+        }
+        await_completions(&mut pool, 200);
+        let expected: Vec<_> = (0..200).map(|n| Call::Read { offset: n * 512, buffers: 1 }).collect();
+        assert_eq!(image.calls(), expected);
+    }
+
+    #[test]
+    fn works_on_as_many_as_it_has_threads_and_then_lets_them_end() {
+        let (_dir, _path, disk) = disk(1 << 20);
+        let memory = memory(4096);
+        let image = Faulty::new(disk, &[]);
+        let mut pool = ThreadPool::start(image.clone(), limit(5), "test-io", Duration::ZERO).unwrap();
+        image.hold(true);
+        for tag in 0..20 {
+            pool.push(op(OpKind::Read, 0, &[(0, 512)], &memory), tag);
+        }
+        pool.submit();
+        while image.calls().len() < 5 {
+            thread::yield_now();
+        }
+        assert_eq!(pool.shared.lock().running, 5);
+        image.hold(false);
+        await_completions(&mut pool, 20);
+        while pool.shared.lock().alive > 1 {
+            thread::yield_now();
+        }
+        pool.push(op(OpKind::Read, 0, &[(0, 512)], &memory), 0);
+        pool.submit();
+        await_completions(&mut pool, 1);
+        assert_eq!(pool.shared.lock().alive, 1);
+    }
+
+    #[test]
+    fn an_owner_who_has_work_is_told_once() {
+        let (_dir, _path, disk) = disk(1 << 20);
+        let memory = memory(4096);
+        let mut pool = ThreadPool::new(disk, limit(4), "test-io").unwrap();
+        for tag in 0..100 {
+            pool.push(op(OpKind::Read, 0, &[(0, 512)], &memory), tag);
+        }
+        pool.submit();
+        while pool.shared.lock().done.len() < 100 {
+            thread::yield_now();
+        }
+        // The thread that tells does so after it has handed in its job, and the pool waits for it here.
+        let event = pool.completion_event().try_clone().unwrap();
+        drop(pool);
+        assert_eq!(event.read().unwrap(), 1);
+    }
+
+    #[test]
+    fn dropping_waits_for_what_is_in_flight() {
+        let (_dir, _path, disk) = disk(4096);
+        let memory = memory(4096);
+        let image = Faulty::new(disk, &[]);
+        let mut pool = ThreadPool::start(image.clone(), limit(2), "test-io", IDLE).unwrap();
+        image.hold(true);
+        for tag in 0..10 {
+            pool.push(op(OpKind::Flush, 0, &[], &memory), tag);
+        }
+        pool.submit();
+        while image.calls().len() < 2 {
+            thread::yield_now();
+        }
+        thread::scope(|scope| {
+            let dropping = scope.spawn(move || drop(pool));
+            assert_eq!(image.calls().len(), 2);
+            assert!(!dropping.is_finished());
+            image.hold(false);
+        });
+        assert_eq!(image.calls(), [Call::Flush; 10]);
+        assert_eq!(Arc::strong_count(&memory), 1);
     }
 }

@@ -34,7 +34,7 @@ pub(super) trait Image: Send + Sync {
 impl Image for Disk {
     unsafe fn read_at(&self, buffers: &[iovec], offset: u64) -> io::Result<usize> {
         let (count, offset) = (to_count(buffers), to_off_t(offset)?);
-        // SAFETY: the descriptor is open, the array has `count` elements, and the caller vouches for what they point to.
+        // SAFETY: the descriptor is open, the array has `count` elements, and the caller vouches for their targets.
         done(unsafe { libc::preadv(self.file().as_raw_fd(), buffers.as_ptr(), count, offset) })
     }
 
@@ -163,4 +163,118 @@ fn resolve(op: &Op, buffers: &mut Vec<iovec>) -> io::Result<()> {
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs::{self, File};
+
+    use proptest::prelude::*;
+
+    use crate::engine::conformance::{at, disk, memory, op};
+    use crate::engine::faulty::{Call, Fault, Faulty};
+
+    const WRITE: OpKind = OpKind::Write { durable: false };
+
+    fn errno(result: io::Result<()>) -> Option<i32> {
+        result.unwrap_err().raw_os_error()
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
+
+        #[test]
+        fn short_transfers_go_on(shorts in prop::collection::vec(1_usize..1500, 0..20), start in 0..3000_usize) {
+            let (_dir, path, disk) = disk(16384);
+            let content: Vec<u8> = (0..16384_usize).map(|n| (n % 253) as u8).collect();
+            fs::write(&path, &content).unwrap();
+            let faults: Vec<_> = shorts.iter().map(|&count| Fault::Short(count)).collect();
+            let memory = memory(65536);
+            let pieces = [(100, 700), (20_000, 3000), (9000, 1), (30_000, 2467)];
+            let read = op(OpKind::Read, start as u64, &pieces, &memory);
+            transfer(&*Faulty::new(disk.clone(), &faults), &read, &mut Vec::new()).unwrap();
+            let mut seen = Vec::new();
+            for (offset, len) in pieces {
+                let mut piece = vec![0; len];
+                memory.read_slice(&mut piece, GuestAddress(at(offset))).unwrap();
+                seen.extend(piece);
+            }
+            prop_assert!(seen == content[start..start + 6168]);
+
+            let write = op(WRITE, start as u64 + 7000, &pieces, &memory);
+            transfer(&*Faulty::new(disk, &faults), &write, &mut Vec::new()).unwrap();
+            let image = fs::read(&path).unwrap();
+            prop_assert!(image[start + 7000..start + 13168] == content[start..start + 6168]);
+            prop_assert!(image[..start + 7000] == content[..start + 7000]);
+            prop_assert!(image[start + 13168..] == content[start + 13168..]);
+        }
+    }
+
+    #[test]
+    fn interrupted_calls_are_made_again() {
+        let (_dir, path, disk) = disk(4096);
+        let memory = memory(4096);
+        memory.write_slice(&[9; 4096], GuestAddress(at(0))).unwrap();
+        let eintr = Fault::Fail(libc::EINTR);
+        let image = Faulty::new(disk, &[eintr, Fault::Short(100), eintr, eintr]);
+        transfer(&*image, &op(WRITE, 0, &[(0, 4096)], &memory), &mut Vec::new()).unwrap();
+        assert_eq!(fs::read(path).unwrap(), [9; 4096]);
+        let write = |offset| Call::Write { offset, buffers: 1, durable: false };
+        assert_eq!(image.calls(), [write(0), write(0), write(100), write(100), write(100)]);
+    }
+
+    #[test]
+    fn errors_are_reported_even_after_a_part_was_done() {
+        let (_dir, _path, disk) = disk(4096);
+        let memory = memory(4096);
+        for (kind, code) in [(WRITE, libc::ENOSPC), (OpKind::Read, libc::EIO)] {
+            let image = Faulty::new(disk.clone(), &[Fault::Short(512), Fault::Fail(code)]);
+            assert_eq!(errno(transfer(&*image, &op(kind, 0, &[(0, 4096)], &memory), &mut Vec::new())), Some(code));
+        }
+        let image = Faulty::new(disk, &[Fault::Fail(libc::EIO)]);
+        assert_eq!(errno(transfer(&*image, &op(OpKind::Flush, 0, &[], &memory), &mut Vec::new())), Some(libc::EIO));
+    }
+
+    #[test]
+    fn a_write_without_progress_is_an_error() {
+        let (_dir, _path, disk) = disk(4096);
+        let image = Faulty::new(disk, &[Fault::Short(512), Fault::Short(0)]);
+        let write = op(WRITE, 0, &[(0, 4096)], &memory(4096));
+        assert_eq!(transfer(&*image, &write, &mut Vec::new()).unwrap_err().kind(), ErrorKind::WriteZero);
+        assert_eq!(image.calls().len(), 2);
+    }
+
+    #[test]
+    fn an_image_that_shrank_reads_as_zero_past_its_end() {
+        let (_dir, path, disk) = disk(8192);
+        fs::write(&path, [3; 8192]).unwrap();
+        File::options().write(true).open(&path).unwrap().set_len(1000).unwrap();
+        let memory = memory(65536);
+        memory.write_slice(&vec![0xff; 65536], GuestAddress(at(0))).unwrap();
+        transfer(&*disk, &op(OpKind::Read, 512, &[(10, 300), (1000, 7000)], &memory), &mut Vec::new()).unwrap();
+        let mut seen = vec![0; 65536];
+        memory.read_slice(&mut seen, GuestAddress(at(0))).unwrap();
+        let mut expected = vec![0xff; 65536];
+        expected[10..310].fill(3);
+        expected[1000..1188].fill(3);
+        expected[1188..8000].fill(0);
+        assert!(seen == expected);
+    }
+
+    #[test]
+    fn long_lists_take_several_calls_of_at_most_what_the_kernel_takes() {
+        let (_dir, path, disk) = disk(3072 * 4);
+        let memory = memory(3072 * 8);
+        let mut pieces = Vec::new();
+        for n in 0..3072 {
+            memory.write_obj(n as u32, GuestAddress(at(n * 8))).unwrap();
+            pieces.push((n * 8, 4));
+        }
+        let image = Faulty::new(disk, &[]);
+        transfer(&*image, &op(OpKind::Write { durable: true }, 0, &pieces, &memory), &mut Vec::new()).unwrap();
+        let written = fs::read(path).unwrap();
+        assert!(written.chunks(4).enumerate().all(|(n, four)| four == (n as u32).to_le_bytes()));
+        assert!(image.calls().iter().all(|call| matches!(call, Call::Write { buffers: ..=1024, durable: true, .. })));
+    }
 }

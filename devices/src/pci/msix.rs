@@ -14,7 +14,8 @@ pub struct MsiMessage {
     pub data: u32,
 }
 
-/// Connects eventfds to interrupts, one GSI each. Implemented over KVM's routing table and irqfds, and over a table in tests.
+/// Connects eventfds to interrupts, one GSI each. Implemented over KVM's routing table and irqfds, and over a table in
+/// tests.
 pub trait MsiRouter: Send + Sync {
     /// From now on a write to `event` raises `message` through `gsi`; one already counted in `event` raises it at once.
     /// Calling it again for a GSI that is set replaces the message.
@@ -60,9 +61,9 @@ impl Entry {
 
 /// The vectors of one function.
 ///
-/// A function raises a vector by writing its eventfd, whatever the masks say. While the vector may interrupt (MSI-X enabled,
-/// neither the function nor the vector masked) the eventfd is attached to its GSI; while it may not, it is detached, and
-/// its counter is the pending bit. Attaching delivers what was counted.
+/// A function raises a vector by writing its eventfd, whatever the masks say. While the vector may interrupt (MSI-X
+/// enabled, neither the function nor the vector masked) the eventfd is attached to its GSI; while it may not, it is
+/// detached, and its counter is the pending bit. Attaching delivers what was counted.
 pub struct Msix {
     entries: Vec<Entry>,
     events: Arc<[EventFd]>,
@@ -165,8 +166,9 @@ impl Msix {
         let result = match wanted {
             Some(message) if entry.attached.is_some() => self.router.set(gsi, message, event),
             Some(message) => {
-                // KVM raises what an eventfd has counted when it is attached, but leaves the count there, and the vector
-                // would look pending at its next mask. Take the count, and raise it again through the attached eventfd.
+                // KVM raises what an eventfd has counted when it is attached, but leaves the count there, and the
+                // vector would look pending at its next mask. Take the count, and raise it again through the attached
+                // eventfd.
                 let pending = event.read().is_ok();
                 let result = self.router.set(gsi, message, event);
                 if pending {

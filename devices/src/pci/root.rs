@@ -20,7 +20,8 @@ const MULTI_FUNCTION: u8 = 1 << 7;
 
 /// One PCI function. Called on vCPU threads, several at once.
 pub trait PciDevice: Send + Sync {
-    /// Reads configuration space. `offset` is below 4096; any offset and length may come from a guest.
+    /// Reads configuration space. `offset` is below 4096, but the access may reach past it: there and where the
+    /// function has no space, bytes are ones.
     fn config_read(&self, offset: u16, data: &mut [u8]);
 
     /// Writes configuration space. On return [`PciDevice::bars`] tells the new addresses.
@@ -76,8 +77,8 @@ impl PciRoot {
         Ok(Self { functions })
     }
 
-    /// Gives every BAR an address, as firmware does: naturally aligned, in `low` (below 4 GiB) while there is room, else in
-    /// `high` if the BAR is 64 bits wide. Memory decoding is left off; drivers enable it.
+    /// Gives every BAR an address, as firmware does: naturally aligned, in `low` (below 4 GiB) while there is room,
+    /// else in `high` if the BAR is 64 bits wide. Memory decoding is left off; drivers enable it.
     ///
     /// # Errors
     /// [`RootError::NoRoom`] if a BAR fits nowhere.
@@ -155,8 +156,8 @@ struct FunctionAddress {
 
 /// Configuration mechanism #1 (PCI Local Bus 3.0, 3.2.2.3.2): the 8 ports from 0xCF8.
 ///
-/// Only a dword access to the first port reaches the address register; narrower ones belong to other devices that a PC has
-/// there (0xCF9) and that this machine has not.
+/// Only a dword access to the first port reaches the address register; narrower ones belong to other devices that a PC
+/// has there (0xCF9) and that this machine has not.
 pub struct ConfigPorts {
     root: Arc<PciRoot>,
     address: AtomicU32,
@@ -168,7 +169,8 @@ impl ConfigPorts {
         Self { root, address: AtomicU32::new(0) }
     }
 
-    /// The function and register that an access to data port `port` (4 to 7) means; `None` while the enable bit is clear.
+    /// The function and register that an access to data port `port` (4 to 7) means; `None` while the enable bit is
+    /// clear.
     fn target(&self, port: u64) -> Option<(FunctionAddress, u16)> {
         let address = self.address.load(Ordering::Acquire);
         let function = FunctionAddress {
@@ -215,30 +217,25 @@ impl Ecam {
         Self { root }
     }
 
-    /// `None` if the access would cross into the next function.
-    fn target(offset: u64, len: usize) -> Option<(FunctionAddress, u16)> {
+    fn target(offset: u64) -> (FunctionAddress, u16) {
         let function = FunctionAddress {
             bus: (offset >> 20) as u8,
             slot: (offset >> 15) as u8 & 0x1f,
             function: (offset >> 12) as u8 & 7,
         };
-        let register = offset & 0xfff;
-        (register + len as u64 <= 0x1000).then_some((function, register as u16))
+        (function, offset as u16 & 0xfff)
     }
 }
 
 impl BusDevice for Ecam {
     fn read(&self, offset: u64, data: &mut [u8]) {
-        match Self::target(offset, data.len()) {
-            Some((function, register)) => self.root.config_read(function, register, data),
-            None => data.fill(0xff),
-        }
+        let (function, register) = Self::target(offset);
+        self.root.config_read(function, register, data);
     }
 
     fn write(&self, offset: u64, data: &[u8]) {
-        if let Some((function, register)) = Self::target(offset, data.len()) {
-            self.root.config_write(function, register, data);
-        }
+        let (function, register) = Self::target(offset);
+        self.root.config_write(function, register, data);
     }
 }
 
@@ -400,6 +397,9 @@ mod tests {
         let mut byte = [0];
         ports.read(7, &mut byte);
         assert_eq!(byte, [0xc0]);
+        let mut across = [0; 4];
+        ecam.read((1 << 15 | 1 << 12) - 2, &mut across);
+        assert_eq!(across, [0xff; 4], "not into the next function");
         // Another bus, another function.
         for address in [1 << 31 | 1 << 16, 1 << 31 | 1 << 11 | 1 << 8] {
             write32(&ports, 0, address);
@@ -527,7 +527,10 @@ mod tests {
         /// Any access by any way is survived, and the two mechanisms agree afterwards.
         #[test]
         fn noise_is_harmless(
-            steps in prop::collection::vec((0_u8..3, any::<u32>(), prop::collection::vec(any::<u8>(), 1..9), any::<bool>()), 1..60),
+            steps in prop::collection::vec(
+                (0_u8..3, any::<u32>(), prop::collection::vec(any::<u8>(), 1..9), any::<bool>()),
+                1..60,
+            ),
         ) {
             let root = root(&[Probe::new([0x1000, 0x1000])]);
             let (ports, ecam) = (ConfigPorts::new(root.clone()), Ecam::new(root.clone()));

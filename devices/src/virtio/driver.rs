@@ -1,6 +1,6 @@
-//! The guest's side of a split virtqueue (virtio 1.2, 2.7), for tests: it lays the rings out, makes buffers available and
-//! collects used ones. Written from the specification and independent of `virtio-queue`, so that the two check each other.
-//! It does what it is told, wrong things too.
+//! The guest's side of a split virtqueue (virtio 1.2, 2.7), for tests: it lays the rings out, makes buffers available
+//! and collects used ones. Written from the specification and independent of `virtio-queue`, so that the two check each
+//! other. It does what it is told, wrong things too.
 
 #![expect(clippy::missing_panics_doc, reason = "all of it panics where guest memory is too small: the test chose it")]
 

@@ -15,8 +15,8 @@ use crate::worker::Worker;
 
 const DEVICE_TYPE: u32 = 4;
 const QUEUE_SIZE: u16 = 256;
-/// The most bytes one chain gets; a device may fill a part of its buffers (5.4.6). It bounds the time in which the thread
-/// does not look at its stop eventfd.
+/// The most bytes one chain gets; a device may fill a part of its buffers (5.4.6). It bounds the time in which the
+/// thread does not look at its stop eventfd.
 const CHAIN_BYTES: usize = 64 << 10;
 
 /// What the thread waits for.
@@ -94,8 +94,8 @@ struct Source {
 }
 
 impl Source {
-    /// Serves the queue until `stop` is readable. Looks at `stop` at least once a chain, so that a driver which never lets
-    /// the queue run empty cannot keep the thread.
+    /// Serves the queue until `stop` is readable. Looks at `stop` at least once a chain, so that a driver which never
+    /// lets the queue run empty cannot keep the thread.
     fn run(&mut self, epoll: &Epoll, kick: &EventFd, stop: &EventFd) -> io::Result<()> {
         for (event, token) in [(kick, KICK), (stop, STOP)] {
             epoll.ctl(ControlOperation::Add, event.as_raw_fd(), EpollEvent::new(EventSet::IN, token))?;

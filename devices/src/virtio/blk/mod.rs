@@ -153,3 +153,6 @@ impl Drop for Blk {
         self.reset();
     }
 }
+
+#[cfg(test)]
+mod tests;

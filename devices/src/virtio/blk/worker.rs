@@ -140,7 +140,7 @@ impl QueueWorker {
         Ok(any)
     }
 
-    /// Takes at most one ring's length of requests. Returns whether there were any, and whether some are answered already.
+    /// Takes at most one ring's length of requests. Returns whether there were any, and whether some are answered.
     fn take(&mut self) -> Result<(bool, bool), Broken> {
         let (mut taken, mut answered) = (false, false);
         for _ in 0..self.queue.size() {

@@ -1,7 +1,8 @@
-//! The PCI transport of a virtio 1.2 device (4.1), without the legacy interface. Accesses come from vCPU threads; doorbells
-//! and interrupts are eventfds and pass without a lock.
+//! The PCI transport of a virtio 1.2 device (4.1), without the legacy interface. Accesses come from vCPU threads;
+//! doorbells and interrupts are eventfds and pass without a lock.
 
 mod common;
+mod doorbells;
 mod signals;
 
 use std::io;
@@ -11,23 +12,13 @@ use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use self::common::Transport;
+use self::doorbells::DoorbellSet;
+pub use self::doorbells::Doorbells;
 use self::signals::Signals;
 use super::device::VirtioDevice;
 use crate::pci::config::{BarWidth, Bars, Configuration, Identity};
 use crate::pci::msix::{MAX_VECTORS, MsiRouter, Msix};
 use crate::pci::root::PciDevice;
-
-/// Connects guest physical addresses to eventfds. Implemented over KVM's ioeventfds, and over a table in tests.
-///
-/// A guest can move a BAR over its RAM or another doorbell: then `attach` may fail or the address is never seen, and
-/// neither harms anybody but that guest.
-pub trait Doorbells: Send + Sync {
-    /// From now on a guest's write of any width to `address` writes `event` instead of leaving the guest.
-    fn attach(&self, address: u64, event: &EventFd) -> io::Result<()>;
-
-    /// Undoes [`Doorbells::attach`] of the same pair.
-    fn detach(&self, address: u64, event: &EventFd) -> io::Result<()>;
-}
 
 /// The structures in BAR 0. Each has a page of its own, so that a guest can map one to user space without the others.
 mod layout {
@@ -74,8 +65,8 @@ pub struct VirtioPci {
 }
 
 impl VirtioPci {
-    /// Puts `device` behind a PCI function whose MSI-X vectors have the GSIs from `first_gsi` up, one for the configuration
-    /// and one a queue. With `ioeventfd` off, notifications exit to [`PciDevice::bar_write`].
+    /// Puts `device` behind a PCI function whose MSI-X vectors have the GSIs from `first_gsi` up, one for the
+    /// configuration and one a queue. With `ioeventfd` off, notifications exit to [`PciDevice::bar_write`].
     ///
     /// # Errors
     /// If the host gives no eventfds, or the device has more queues than MSI-X vectors exist.
@@ -117,8 +108,8 @@ impl VirtioPci {
         self.vectors
     }
 
-    /// Back to the state after power-on, as a reset of the bus does: on return nothing of the device runs, and the function
-    /// has no address and no pending interrupt. For the end and for a restart of the machine.
+    /// Back to the state after power-on, as a reset of the bus does: on return nothing of the device runs, and the
+    /// function has no address and no pending interrupt. For the end and for a restart of the machine.
     pub fn reset(&self) {
         self.transport().reset();
         let mut function = self.function();
@@ -132,9 +123,10 @@ impl VirtioPci {
         self.bars.follow(&function.config);
         let control = function.config.dword(function.msix_cap) >> 16;
         let enabled = control & MSIX_ENABLE != 0;
-        function.msix.set_control(enabled, control & MSIX_MASK != 0);
+        // First: what is raised from now on goes where the driver will look for it.
         self.signals.set_msix_enabled(enabled);
-        function.doorbells.place(self.bars.base(0));
+        function.msix.set_control(enabled, control & MSIX_MASK != 0);
+        function.doorbells.place(self.bars.base(0).map(|base| base + layout::NOTIFY));
     }
 
     fn transport(&self) -> MutexGuard<'_, Transport> {
@@ -225,48 +217,6 @@ impl Function {
         let len = self.config.dword(self.window_cap + 12);
         let inside = offset + u64::from(len) <= layout::SIZE;
         (bar == 0 && matches!(len, 1 | 2 | 4) && inside).then_some((offset, len as usize))
-    }
-}
-
-/// The doorbells of all queues, which move with BAR 0.
-struct DoorbellSet {
-    doorbells: Arc<dyn Doorbells>,
-    kicks: Arc<[EventFd]>,
-    wanted: bool,
-    base: Option<u64>,
-    attached: Vec<bool>,
-    warned: bool,
-}
-
-impl DoorbellSet {
-    fn new(doorbells: Arc<dyn Doorbells>, kicks: Arc<[EventFd]>, wanted: bool) -> Self {
-        Self { doorbells, attached: vec![false; kicks.len()], kicks, wanted, base: None, warned: false }
-    }
-
-    /// Follows BAR 0 to `base`; `None` while it is not decoded.
-    fn place(&mut self, base: Option<u64>) {
-        if base == self.base || !self.wanted {
-            return;
-        }
-        let address = |base: u64, queue: usize| base + layout::NOTIFY + queue as u64 * layout::NOTIFY_MULTIPLIER;
-        let mut failure = None;
-        for (queue, kick) in self.kicks.iter().enumerate() {
-            if let Some(old) = self.base.filter(|_| self.attached[queue]) {
-                failure = self.doorbells.detach(address(old, queue), kick).err().or(failure);
-                self.attached[queue] = false;
-            }
-        }
-        for (queue, kick) in self.kicks.iter().enumerate() {
-            if let Some(new) = base {
-                let result = self.doorbells.attach(address(new, queue), kick);
-                self.attached[queue] = result.is_ok();
-                failure = result.err().or(failure);
-            }
-        }
-        self.base = base;
-        if let Some(error) = failure.filter(|_| !std::mem::replace(&mut self.warned, true)) {
-            tracing::warn!(%error, "a virtio doorbell could not be moved; its notifications go the slow way");
-        }
     }
 }
 

@@ -1,5 +1,5 @@
-//! What a device's workers tell the driver: interrupts and DEVICE_NEEDS_RESET. Shared by all threads, all atomics: a worker
-//! may signal while a vCPU thread holds the transport and waits for that worker to end.
+//! What a device's workers tell the driver: interrupts and DEVICE_NEEDS_RESET. Shared by all threads, all atomics: a
+//! worker may signal while a vCPU thread holds the transport and waits for that worker to end.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU16, Ordering};
@@ -75,7 +75,8 @@ impl Signals {
         if usize::from(vector) < self.events.len() { vector } else { NO_VECTOR }
     }
 
-    /// Back to the state before the driver came; the device no longer signals. The status last: it says that all is done.
+    /// Back to the state before the driver came; the device no longer signals. The status last: it says that all is
+    /// done.
     pub(super) fn reset(&self) {
         for vector in self.queue_vectors.iter().chain([&self.config_vector]) {
             vector.store(NO_VECTOR, Ordering::Release);
@@ -84,7 +85,8 @@ impl Signals {
         self.status.store(0, Ordering::Release);
     }
 
-    /// Through the vector if there is one and MSI-X is on, else into the ISR status, which a driver without MSI-X polls.
+    /// Through the vector if there is one and MSI-X is on, else into the ISR status, which a driver without MSI-X
+    /// polls.
     fn raise(&self, vector: &AtomicU16, isr: u8) {
         let event = self.events.get(usize::from(vector.load(Ordering::Acquire)));
         match event.filter(|_| self.msix_enabled.load(Ordering::Acquire)) {

@@ -1,0 +1,98 @@
+#![expect(unsafe_code, reason = "stands in for the system calls that take raw guest memory")]
+//! For tests: a host that misbehaves as hosts do, and that can be held.
+
+use std::collections::VecDeque;
+use std::io;
+use std::sync::{Arc, Condvar, Mutex};
+
+use libc::iovec;
+
+use super::transfer::Image;
+use crate::disk::Disk;
+
+/// What becomes of one system call.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Fault {
+    /// At most this many bytes are transferred.
+    Short(usize),
+    /// It fails with this errno.
+    Fail(i32),
+}
+
+/// One system call as it was made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Call {
+    Read { offset: u64, buffers: usize },
+    Write { offset: u64, buffers: usize, durable: bool },
+    Flush,
+}
+
+/// A disk whose system calls follow a script; when that is used up, they are the real ones.
+pub(super) struct Faulty {
+    disk: Arc<Disk>,
+    script: Mutex<VecDeque<Fault>>,
+    calls: Mutex<Vec<Call>>,
+    held: Mutex<bool>,
+    released: Condvar,
+}
+
+impl Faulty {
+    pub(super) fn new(disk: Arc<Disk>, script: &[Fault]) -> Arc<Self> {
+        Arc::new(Self {
+            disk,
+            script: Mutex::new(script.iter().copied().collect()),
+            calls: Mutex::default(),
+            held: Mutex::new(false),
+            released: Condvar::new(),
+        })
+    }
+
+    /// From now on every call waits, until `hold(false)`.
+    pub(super) fn hold(&self, held: bool) {
+        *self.held.lock().unwrap() = held;
+        self.released.notify_all();
+    }
+
+    /// The calls so far, in the order they were begun.
+    pub(super) fn calls(&self) -> Vec<Call> {
+        self.calls.lock().unwrap().clone()
+    }
+
+    fn begin(&self, call: Call) -> io::Result<usize> {
+        self.calls.lock().unwrap().push(call);
+        drop(self.released.wait_while(self.held.lock().unwrap(), |held| *held).unwrap());
+        match self.script.lock().unwrap().pop_front() {
+            None => Ok(usize::MAX),
+            Some(Fault::Short(count)) => Ok(count),
+            Some(Fault::Fail(errno)) => Err(io::Error::from_raw_os_error(errno)),
+        }
+    }
+}
+
+fn shorten(buffers: &[iovec], mut count: usize) -> Vec<iovec> {
+    let mut short = buffers.to_vec();
+    for buffer in &mut short {
+        buffer.iov_len = buffer.iov_len.min(count);
+        count -= buffer.iov_len;
+    }
+    short
+}
+
+impl Image for Faulty {
+    unsafe fn read_at(&self, buffers: &[iovec], offset: u64) -> io::Result<usize> {
+        let count = self.begin(Call::Read { offset, buffers: buffers.len() })?;
+        // SAFETY: these are parts of the caller's buffers.
+        unsafe { self.disk.read_at(&shorten(buffers, count), offset) }
+    }
+
+    unsafe fn write_at(&self, buffers: &[iovec], offset: u64, durable: bool) -> io::Result<usize> {
+        let count = self.begin(Call::Write { offset, buffers: buffers.len(), durable })?;
+        // SAFETY: as for reading.
+        unsafe { self.disk.write_at(&shorten(buffers, count), offset, durable) }
+    }
+
+    fn flush(&self) -> io::Result<()> {
+        self.begin(Call::Flush)?;
+        Disk::flush(&self.disk)
+    }
+}
