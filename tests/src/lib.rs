@@ -1,1 +1,9 @@
-//! The harness of the tests that drive skiff from outside.
+//! The harness of the tests that drive skiff from outside: a [`Machine`] is a running `skiff` (or QEMU beside it) with
+//! its console; [`assets`] names the guest's files. Test threads own the machines they start.
+
+pub mod assets;
+mod console;
+mod machine;
+
+pub use console::Console;
+pub use machine::{Answer, Ended, Machine, Skiff};

@@ -1,0 +1,82 @@
+//! The files the tests need, found relative to the test binary: skiff itself and the guest of `resources/rootfs/build`.
+//! Any thread.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+/// The target directory of this build: the test binary is `target/PROFILE/deps/NAME`.
+///
+/// # Panics
+/// If the test binary is elsewhere.
+pub fn target() -> PathBuf {
+    profile().parent().expect("target/PROFILE").to_owned()
+}
+
+fn profile() -> PathBuf {
+    let test = std::env::current_exe().expect("the test binary has a path");
+    test.ancestors().nth(2).expect("target/PROFILE/deps/NAME").to_owned()
+}
+
+/// The `skiff` under test: `SKIFF_BIN`, or the one that was built beside the test.
+///
+/// # Panics
+/// If there is none; the message says how to build it.
+pub fn skiff() -> PathBuf {
+    let path = std::env::var_os("SKIFF_BIN").map_or_else(|| profile().join("skiff"), PathBuf::from);
+    assert!(path.is_file(), "{}: no skiff; run cargo build first", path.display());
+    path
+}
+
+/// A file of the stock Linux guest: `vmlinuz`, `vmlinux`, `initrd.img`, `root.img`, `busybox`.
+///
+/// # Panics
+/// If it was not built; the message says how.
+pub fn guest(name: &str) -> PathBuf {
+    let path = target().join("linux").join(name);
+    assert!(path.is_file(), "{}: missing; run resources/rootfs/build first", path.display());
+    path
+}
+
+/// A private copy of the guest's root file system.
+///
+/// # Panics
+/// If it cannot be copied.
+pub fn root_image(folder: &Path) -> PathBuf {
+    let copy = folder.join("root.img");
+    std::fs::copy(guest("root.img"), &copy).expect("copying the root image");
+    copy
+}
+
+/// A new image of `size` bytes, all zeros, as a sparse file.
+///
+/// # Panics
+/// If it cannot be made.
+pub fn blank_image(folder: &Path, name: &str, size: u64) -> PathBuf {
+    let path = folder.join(name);
+    std::fs::File::create(&path).and_then(|file| file.set_len(size)).expect("a new image");
+    path
+}
+
+/// Where the console of a failed machine is kept. In the lab, a folder shared with the host.
+///
+/// # Panics
+/// If the folder cannot be made.
+pub fn logs() -> PathBuf {
+    let folder = target().join("lab/logs");
+    std::fs::create_dir_all(&folder).expect("a folder for logs");
+    folder
+}
+
+/// Runs a tool of the host and returns what it printed on both streams.
+///
+/// # Panics
+/// If the tool is missing or fails.
+pub fn tool(program: &str, arguments: &[&str]) -> String {
+    let path = format!("{}:/usr/sbin:/sbin", std::env::var("PATH").unwrap_or_default());
+    let run = Command::new(program).args(arguments).env("PATH", path).stdin(Stdio::null()).output();
+    let run = run.unwrap_or_else(|error| panic!("{program}: {error}"));
+    let text = [run.stdout, run.stderr].concat();
+    let text = String::from_utf8_lossy(&text).into_owned();
+    assert!(run.status.success(), "{program} {arguments:?}: {}\n{text}", run.status);
+    text
+}

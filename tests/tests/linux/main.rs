@@ -1,0 +1,5 @@
+//! Stock Linux guests under skiff. They need a KVM that can run them: `tests/lab/runner` takes this binary into the lab
+//! where the host has none, one boot for all of these tests.
+
+mod boot;
+mod power;
