@@ -59,3 +59,20 @@ fn a_message_that_nobody_takes_does_no_harm() {
     command.args(["--log-file", "/dev/full"]);
     assert_eq!(command.status().unwrap().code(), Some(4), "a full log file, a closed stderr");
 }
+
+#[test]
+fn a_start_that_fails_leaves_the_file_of_the_console_alone() {
+    let folder = tempfile::tempdir().unwrap();
+    let Some(mut command) = machine(&folder, PANIC) else { return };
+    let old = folder.path().join("old.log");
+    fs::write(&old, "what the last machine said").unwrap();
+    command.arg("--serial").arg(format!("file={}", old.display())).arg("--initrd").arg("/dev/null");
+    assert_eq!(command.status().unwrap().code(), Some(1));
+    assert_eq!(fs::read_to_string(&old).unwrap(), "what the last machine said");
+
+    let Some(mut command) = machine(&folder, PANIC) else { return };
+    let new = folder.path().join("new.log");
+    command.arg("--serial").arg(format!("file={}", new.display())).args(["--cpus", "1000000"]);
+    assert_eq!(command.status().unwrap().code(), Some(1));
+    assert!(!new.exists());
+}
