@@ -58,16 +58,21 @@ impl KvmInterrupts {
     }
 
     fn message_entry(&self, gsi: u32, message: MsiMessage) -> kvm_irq_routing_entry {
-        let mut low = message.address as u32;
-        let mut high = (message.address >> 32) as u32;
-        if self.extended_destination && high == 0 {
-            // KVM_X2APIC_API takes bits 31:8 of the destination in the upper half of the address.
-            high = (low & 0xfe0) << 3;
-            low &= !0xfe0;
-        }
+        let (low, high) = address_halves(message.address, self.extended_destination);
         let mut u = kvm_irq_routing_entry__bindgen_ty_1::default();
         u.msi = kvm_irq_routing_msi { address_lo: low, address_hi: high, data: message.data, ..Default::default() };
         kvm_irq_routing_entry { gsi, type_: KVM_IRQ_ROUTING_MSI, u, ..Default::default() }
+    }
+}
+
+/// The halves of a message's address as KVM takes them, lower first.
+fn address_halves(address: u64, extended_destination: bool) -> (u32, u32) {
+    let (low, high) = (address as u32, (address >> 32) as u32);
+    if extended_destination && high == 0 {
+        // KVM_X2APIC_API takes bits 31:8 of the destination in the upper half of the address.
+        (low & !0xfe0, (low & 0xfe0) << 3)
+    } else {
+        (low, high)
     }
 }
 
@@ -80,11 +85,17 @@ fn pin_entry(gsi: u32, irqchip: u32, pin: u32) -> kvm_irq_routing_entry {
 impl MsiRouter for KvmInterrupts {
     fn set(&self, gsi: u32, message: MsiMessage, event: &EventFd) -> io::Result<()> {
         let mut messages = self.messages.lock().unwrap_or_else(PoisonError::into_inner);
-        let known = messages.get(&gsi).is_some_and(|route| route.message == message);
         let attached = messages.get(&gsi).is_some_and(|route| route.attached);
-        if !known {
-            messages.insert(gsi, Route { message, attached });
-            self.set_table(&messages)?;
+        if messages.get(&gsi).is_none_or(|route| route.message != message) {
+            let before = messages.insert(gsi, Route { message, attached });
+            if let Err(error) = self.set_table(&messages) {
+                // KVM refuses the whole table for one bad message of the guest: it must not be in the next one.
+                match before {
+                    Some(route) => messages.insert(gsi, route),
+                    None => messages.remove(&gsi),
+                };
+                return Err(error);
+            }
         }
         if !attached {
             self.vm.register_irqfd(event, gsi)?;
@@ -110,5 +121,53 @@ impl Doorbells for KvmInterrupts {
 
     fn detach(&self, address: u64, event: &EventFd) -> io::Result<()> {
         Ok(self.vm.unregister_ioevent(event, &IoEventAddress::Mmio(address), NoDatamatch)?)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use kvm_bindings::kvm_enable_cap;
+    use kvm_ioctls::{Cap, Kvm};
+    use vmm_sys_util::eventfd::EFD_NONBLOCK;
+
+    fn interrupts() -> Option<KvmInterrupts> {
+        let Ok(kvm) = Kvm::new() else {
+            eprintln!("SKIPPED: no KVM on this host");
+            return None;
+        };
+        let vm = kvm.create_vm().unwrap();
+        let mut x2apic = kvm_enable_cap { cap: Cap::X2ApicApi as u32, ..Default::default() };
+        x2apic.args[0] = 0b11;
+        vm.enable_cap(&x2apic).unwrap();
+        vm.create_irq_chip().unwrap();
+        Some(KvmInterrupts::new(Arc::new(vm), true))
+    }
+
+    #[test]
+    fn a_message_that_kvm_refuses_does_not_spoil_the_others() {
+        let Some(interrupts) = interrupts() else { return };
+        let event = EventFd::new(EFD_NONBLOCK).unwrap();
+        let good = MsiMessage { address: 0xfee0_0000, data: 0x41 };
+        // Bits 7:0 of the upper half must be zero (KVM API, 4.52).
+        let bad = MsiMessage { address: 0x1_fee0_0000, data: 0x41 };
+        assert!(interrupts.set(24, bad, &event).is_err());
+        assert!(interrupts.set(24, bad, &event).is_err(), "nor is it taken for known");
+        interrupts.set(25, good, &event).unwrap();
+        let other = EventFd::new(EFD_NONBLOCK).unwrap();
+        interrupts.set(24, good, &other).unwrap();
+        assert!(interrupts.set(24, bad, &other).is_err());
+        interrupts.clear(24, &other).unwrap();
+        interrupts.set(24, good, &other).unwrap();
+    }
+
+    #[test]
+    fn a_destination_of_15_bits_goes_where_kvm_looks_for_it() {
+        // Destination 0x1234: its bits 7:0 are address bits 19:12, its bits 14:8 address bits 11:5. KVM wants its bits
+        // 31:8 in bits 31:8 of the upper half (KVM API, 4.52).
+        let address = 0xfee0_0000 | 0x34 << 12 | 0x12 << 5;
+        assert_eq!(address_halves(address, true), (0xfee3_4000, 0x1200));
+        assert_eq!(address_halves(address, false), (0xfee3_4240, 0));
+        assert_eq!(address_halves(0x1_0000_0000 | address, true), (0xfee3_4240, 1));
     }
 }
