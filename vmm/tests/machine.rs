@@ -143,3 +143,16 @@ fn a_hang_up_that_is_ignored_stays_ignored() {
     child.stdin.as_mut().unwrap().write_all(b"x").unwrap();
     assert_eq!(child.wait().unwrap().code(), Some(33));
 }
+
+#[test]
+fn too_few_open_files_for_the_cpus_has_its_remedy() {
+    let folder = tempfile::tempdir().unwrap();
+    let Some(command) = machine(&folder, PANIC) else { return };
+    let mut limited = Command::new("sh");
+    limited.args(["-c", "ulimit -n 50; exec \"$@\"", "sh"]).arg(command.get_program()).args(command.get_args());
+    let output = limited.args(["--cpus", "64"]).output().unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    let line = String::from_utf8(output.stderr).unwrap();
+    assert!(line.starts_with("skiff: --cpus 64: ") && line.contains("ulimit -n"), "{line}");
+    assert_eq!(line.lines().count(), 1, "{line}");
+}
