@@ -2,9 +2,10 @@
 //! reboots, and put everything down in order. All of it on the main thread.
 
 use std::cell::RefCell;
-use std::fs::File;
+use std::fs::{File, Metadata};
 use std::io::{self, ErrorKind, Read};
 use std::os::fd::AsRawFd;
+use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::rc::Rc;
@@ -12,14 +13,14 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
-use anyhow::Context;
+use anyhow::{Context, bail};
 use block::disk::Disk;
 use devices::acpi::PowerButton;
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM};
 
 use crate::builder::{Machine, VmBuilder};
-use crate::config::{OnReboot, VmConfig};
+use crate::config::{OnReboot, SerialConfig, VmConfig};
 use crate::console::{Console, ConsoleAction};
 use crate::exit::{ExitLine, ExitReason};
 use crate::kvm;
@@ -51,8 +52,23 @@ impl Resources {
                 opened.map(Arc::new).context("--disk")
             })
             .collect::<anyhow::Result<_>>()?;
+        check_console_file(config)?;
         Ok(Self { kernel, initrd, disks })
     }
+}
+
+/// The console empties its file, which must not be one that the machine is made of, by whatever name.
+fn check_console_file(config: &VmConfig) -> anyhow::Result<()> {
+    let SerialConfig::File(console) = &config.serial else { return Ok(()) };
+    let identity = |path: &Path| path.metadata().ok().filter(Metadata::is_file).map(|file| (file.dev(), file.ino()));
+    let images = [&config.kernel].into_iter().chain(&config.initrd).chain(config.disks.iter().map(|disk| &disk.path));
+    for image in images {
+        if identity(console).is_some_and(|file| identity(image) == Some(file)) {
+            let (console, image) = (console.display(), image.display());
+            bail!("--serial file={console}: this is {image}, which the machine is made of; name another file");
+        }
+    }
+    Ok(())
 }
 
 fn open(option: &str, path: &Path) -> anyhow::Result<File> {

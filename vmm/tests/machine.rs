@@ -85,6 +85,25 @@ fn a_start_that_fails_leaves_the_file_of_the_console_alone() {
     assert!(!new.exists());
 }
 
+#[test]
+fn the_console_does_not_overwrite_a_file_of_the_machine() {
+    let folder = tempfile::tempdir().unwrap();
+    let image = folder.path().join("disk.img");
+    let other_name = folder.path().join("console.log");
+    fs::write(&image, [7; 512]).unwrap();
+    fs::hard_link(&image, &other_name).unwrap();
+    for target in [image.clone(), other_name, folder.path().join("kernel.elf")] {
+        let Some(mut command) = machine(&folder, PANIC) else { return };
+        command.args(["--disk", image.to_str().unwrap()]).arg("--serial").arg(format!("file={}", target.display()));
+        let output = command.stderr(Stdio::piped()).output().unwrap();
+        assert_eq!(output.status.code(), Some(1), "{}", target.display());
+        let line = String::from_utf8(output.stderr).unwrap();
+        assert!(line.starts_with(&format!("skiff: --serial file={}: ", target.display())), "{line}");
+        assert_eq!(fs::read(&image).unwrap(), [7; 512]);
+        assert_ne!(fs::read(folder.path().join("kernel.elf")).unwrap(), b"");
+    }
+}
+
 /// Starts [`WAIT`], and waits until the guest runs. Its input is still to come.
 fn waiting(mut command: Command) -> Child {
     let mut child = command.arg("--debug-exit").stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
