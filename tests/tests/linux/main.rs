@@ -2,4 +2,7 @@
 //! where the host has none, one boot for all of these tests.
 
 mod boot;
+mod disk;
+mod messages;
 mod power;
+mod serial;
