@@ -19,9 +19,15 @@ pub struct MsiMessage {
 pub trait MsiRouter: Send + Sync {
     /// From now on a write to `event` raises `message` through `gsi`; one already counted in `event` raises it at once.
     /// Calling it again for a GSI that is set replaces the message.
+    ///
+    /// # Errors
+    /// What the host says; then everything is as before the call.
     fn set(&self, gsi: u32, message: MsiMessage, event: &EventFd) -> io::Result<()>;
 
     /// From now on writes to `event` stay counted in it. Idempotent.
+    ///
+    /// # Errors
+    /// As for [`MsiRouter::set`].
     fn clear(&self, gsi: u32, event: &EventFd) -> io::Result<()>;
 }
 
@@ -180,8 +186,8 @@ impl Msix {
         };
         match result {
             Ok(()) => entry.attached = wanted,
+            // Then `attached` stays what it was, and the next change tries again.
             Err(error) => {
-                entry.attached = None;
                 if !std::mem::replace(&mut self.warned, true) {
                     tracing::warn!(gsi, %error, "an MSI-X vector could not be switched; its interrupts may be missing");
                 }
@@ -344,6 +350,25 @@ mod tests {
         mask(&mut msix, 0, true);
         mask(&mut msix, 0, false);
         assert_eq!(table.raised(), [(GSI, message(0))]);
+    }
+
+    /// What the router refuses has not happened: the old message is still in force, and is ended at the next mask.
+    #[test]
+    fn a_router_that_fails_leaves_what_was() {
+        let (mut msix, table) = msix(1);
+        msix.set_control(true, false);
+        program(&mut msix, 0, false);
+        table.fail(true);
+        msix.table_write(8, &0x4099_u32.to_le_bytes());
+        table.fail(false);
+        mask(&mut msix, 0, true);
+        assert_eq!(table.attached(), []);
+        mask(&mut msix, 0, false);
+        table.fail(true);
+        mask(&mut msix, 0, true);
+        table.fail(false);
+        msix.set_control(false, false);
+        assert_eq!(table.attached(), []);
     }
 
     #[test]
