@@ -24,7 +24,8 @@ pub trait MsiRouter: Send + Sync {
     /// What the host says; then everything is as before the call.
     fn set(&self, gsi: u32, message: MsiMessage, event: &EventFd) -> io::Result<()>;
 
-    /// From now on writes to `event` stay counted in it. Idempotent.
+    /// From now on writes to `event` stay counted in it; those before were raised, and are not counted any more.
+    /// Idempotent.
     ///
     /// # Errors
     /// As for [`MsiRouter::set`].
@@ -170,18 +171,7 @@ impl Msix {
         }
         let (gsi, event) = (self.first_gsi + vector as u32, &self.events[vector]);
         let result = match wanted {
-            Some(message) if entry.attached.is_some() => self.router.set(gsi, message, event),
-            Some(message) => {
-                // KVM raises what an eventfd has counted when it is attached, but leaves the count there, and the
-                // vector would look pending at its next mask. Take the count, and raise it again through the attached
-                // eventfd.
-                let pending = event.read().is_ok();
-                let result = self.router.set(gsi, message, event);
-                if pending {
-                    let _ = event.write(1);
-                }
-                result
-            }
+            Some(message) => self.router.set(gsi, message, event),
             None => self.router.clear(gsi, event),
         };
         match result {
@@ -369,6 +359,21 @@ mod tests {
         table.fail(false);
         msix.set_control(false, false);
         assert_eq!(table.attached(), []);
+    }
+
+    #[test]
+    fn what_is_raised_before_a_mask_is_not_pending_after_it() {
+        let (mut msix, table) = msix(1);
+        msix.set_control(true, false);
+        raise(&msix, 0);
+        program(&mut msix, 0, false);
+        mask(&mut msix, 0, true);
+        assert_eq!((table.raised(), pending(&msix)), (vec![(GSI, message(0))], 0), "raised when attached");
+        mask(&mut msix, 0, false);
+        raise(&msix, 0);
+        mask(&mut msix, 0, true);
+        mask(&mut msix, 0, false);
+        assert_eq!(table.raised(), [(GSI, message(0))], "once");
     }
 
     #[test]

@@ -690,6 +690,7 @@ fn a_reset_of_the_function_is_power_on() {
     guest.start(VERSION_1);
     guest.interrupt().queue(1);
     guest.interrupt().config();
+    assert_eq!(guest.msi.raised(), raised(2));
     guest.device.reset();
     assert!(guest.seen.lock().unwrap().active.is_none());
     assert_eq!((guest.msi.attached(), guest.msi.raised()), (vec![], vec![]));
