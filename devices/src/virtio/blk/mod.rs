@@ -78,6 +78,11 @@ impl Blk {
         Self { disk, number: options.number, serial, workers: Vec::new(), log: Arc::default() }
     }
 
+    fn rules(&self, features: u64) -> Rules {
+        let durable = features & 1 << VIRTIO_BLK_F_FLUSH == 0;
+        Rules { size: self.disk.size(), readonly: self.disk.readonly(), durable }
+    }
+
     fn start(&self, queue: ActiveQueue, context: Context) -> io::Result<Worker<()>> {
         let name = format!("blk{}-q{}", self.number, queue.index);
         let engine = ThreadPool::new(self.disk.clone(), DEFAULT_THREADS, &format!("{name}-io"))?;
@@ -115,10 +120,9 @@ impl VirtioDevice for Blk {
     fn write_config(&mut self, _offset: u64, _data: &[u8]) {}
 
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
-        let durable = activation.features & 1 << VIRTIO_BLK_F_FLUSH == 0;
         let context = Context {
             disk: self.disk.clone(),
-            rules: Rules { size: self.disk.size(), readonly: self.disk.readonly(), durable },
+            rules: self.rules(activation.features),
             serial: self.serial,
             memory: activation.memory,
             interrupt: activation.interrupt,

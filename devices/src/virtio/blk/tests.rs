@@ -639,6 +639,46 @@ fn a_request_that_came_before_notifications_were_on_is_seen() {
     }
 }
 
+/// Stands for a driver that makes a request available whenever one is answered, so that the ring never runs empty.
+struct Endless {
+    driver: Driver,
+    chain: Vec<Segment>,
+    completed: EventFd,
+}
+
+impl Engine for Endless {
+    fn push(&mut self, _: Op, _: u16) {}
+    fn submit(&mut self) {
+        while self.driver.used().is_some() {}
+        while self.driver.free() >= self.chain.len() {
+            self.driver.add(&self.chain);
+        }
+    }
+    fn reap(&mut self, _: &mut Vec<Completion>) {}
+    fn completion_event(&self) -> &EventFd {
+        &self.completed
+    }
+    fn drain(&mut self, _: &mut Vec<Completion>) {}
+}
+
+#[test]
+fn a_driver_that_never_rests_cannot_keep_the_worker() {
+    let (image, mut guest) = (Image::new(), Guest::new(PLAIN));
+    let (header, status) = guest.header(0xffff, 0);
+    let driver = Driver::new(guest.memory.clone(), RINGS, QUEUE_SIZE);
+    let (chain, completed) = (vec![header, status], EventFd::new(EFD_NONBLOCK).unwrap());
+    let worker = spawn(&guest, &image, Box::new(Endless { driver, chain, completed }));
+    wait(&guest.line.queue);
+    let stopped = EventFd::new(EFD_NONBLOCK).unwrap();
+    let told = stopped.try_clone().unwrap();
+    let thread = std::thread::spawn(move || {
+        worker.stop();
+        told.write(1).unwrap();
+    });
+    wait(&stopped);
+    thread.join().unwrap();
+}
+
 #[test]
 fn a_failing_disk_fails_requests_and_completions_inline_are_seen() {
     let (image, mut guest) = (Image::new(), Guest::new(PLAIN));
@@ -657,8 +697,9 @@ fn writes_are_durable_for_a_driver_that_cannot_flush() {
     memory.write_obj(OUT, GuestAddress(0)).unwrap();
     let chain =
         crate::virtio::queue::Chain { head: 0, segments: vec![readable(0, 16), readable(512, 512), writable(2048, 1)] };
-    for durable in [false, true] {
-        let rules = Rules { size: 4096, readonly: false, durable };
+    let blk = Image::new().open(false, None);
+    for (features, durable) in [(PLAIN, false), (PLAIN & !(1 << VIRTIO_BLK_F_FLUSH), true)] {
+        let rules = blk.rules(features);
         let mut buffers = Vec::new();
         let (_, action) = request::Request::parse(&chain, &memory, &rules, &mut buffers).unwrap();
         assert_eq!(action, request::Action::Transfer(OpKind::Write { durable }, 0));
