@@ -289,6 +289,18 @@ mod tests {
     }
 
     #[test]
+    fn a_baud_rate_is_no_readiness() {
+        let Port { serial, room, .. } = port(0);
+        assert_eq!(serial.enqueue(b"x"), 0);
+        // Divisor 0x0101: with DLAB set, the second register is the high byte of the divisor.
+        serial.write(3, &[0x83]);
+        serial.write(0, &[1, 1]);
+        serial.write(3, &[0x03]);
+        assert!(room.read().is_err());
+        assert_eq!(serial.enqueue(b"x"), 0);
+    }
+
+    #[test]
     fn input_that_does_not_fit_is_left_and_asked_for() {
         let Port { serial, room, .. } = port(0);
         serial.write(4, &[0x03]);
