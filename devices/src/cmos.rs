@@ -453,6 +453,18 @@ mod tests {
     }
 
     #[test]
+    fn hours_are_set_in_12_hour_mode() {
+        let rtc = Rtc::at(LEAP_DAY);
+        for (hours, in_24) in [(0x12, 0x00), (0x01, 0x01), (0x11, 0x11), (0x92, 0x12), (0x81, 0x13), (0x91, 0x23)] {
+            rtc.set(REGISTER_B, 0x00);
+            rtc.set(HOURS, hours);
+            assert_eq!(rtc.get(HOURS), hours);
+            rtc.set(REGISTER_B, 0x02);
+            assert_eq!(rtc.get(HOURS), in_24, "{hours:#x}");
+        }
+    }
+
+    #[test]
     fn a_single_register_is_set_without_stopping() {
         let rtc = Rtc::at(LEAP_DAY);
         rtc.set(YEAR, 0x25);
