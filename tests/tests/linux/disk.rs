@@ -19,7 +19,7 @@ fn boot_root(image: &Path) -> Machine {
 #[test]
 fn a_root_file_system_keeps_what_was_written() {
     let folder = tempfile::tempdir().unwrap();
-    let image = assets::root_image(folder.path());
+    let image = assets::copy_image(&assets::guest("root.img"), folder.path());
 
     let mut guest = boot_root(&image);
     assert!(guest.ask("mount").contains("/dev/vda on / type ext4 (rw"));
@@ -60,7 +60,7 @@ fn what_was_synced_survives_a_stop_by_force() {
 #[test]
 fn a_read_only_disk_is_not_written() {
     let folder = tempfile::tempdir().unwrap();
-    let image = assets::root_image(folder.path());
+    let image = assets::copy_image(&assets::guest("root.img"), folder.path());
     let before = checksum(&image);
     let mut guest = Skiff::linux().disk(&image, ",readonly=on").boot();
     assert_eq!(guest.ask("cat /sys/block/vda/ro"), "1");

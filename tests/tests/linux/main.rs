@@ -2,6 +2,7 @@
 //! where the host has none, one boot for all of these tests.
 
 mod boot;
+mod debian;
 mod disk;
 mod messages;
 mod power;
