@@ -77,11 +77,16 @@ pub fn run(config: &VmConfig) -> anyhow::Result<ExitReason> {
     let kvm = kvm::open()?;
     let resources = Resources::open(config)?;
     let exit = Arc::new(ExitLine::new().context("no eventfd")?);
-    let mut control = Control::new(config, &exit)?;
+    let mut control = None;
     loop {
-        let builder = VmBuilder { kvm: &kvm, config, resources: &resources, exit: &exit };
-        let machine = builder.build(&mut control.console.borrow_mut())?;
-        let reason = run_machine(machine, &mut control)?;
+        let board = VmBuilder { kvm: &kvm, config, resources: &resources, exit: &exit }.build()?;
+        let control = match &mut control {
+            Some(control) => control,
+            // Not before the first board: until then a signal just ends us, and the console is as it was.
+            none => none.insert(Control::new(config, &exit)?),
+        };
+        let machine = board.connect(&mut control.console.borrow_mut())?;
+        let reason = run_machine(machine, control)?;
         let restart = reason == ExitReason::Reset && config.on_reboot == OnReboot::Restart && !control.is_stopping();
         if !restart {
             return Ok(reason);

@@ -1,0 +1,78 @@
+//! Machines from outside, with kernels of a few instructions: what the process does beside running its guest.
+
+use std::fs;
+use std::io::Write;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::process::{Command, Stdio};
+
+use tempfile::TempDir;
+
+/// `mov al, 1; mov dx, 0x505; out dx, al`, and wait: a panic told through pvpanic, exit code 4.
+const PANIC: &[u8] = &[0xb0, 0x01, 0x66, 0xba, 0x05, 0x05, 0xee, 0xf4, 0xeb, 0xfd];
+
+/// An ELF kernel of `code` with a PVH note, both at 1 MiB (System V ABI, ELF-64; Xen: public/elfnote.h).
+fn kernel(code: &[u8]) -> Vec<u8> {
+    const ADDRESS: u64 = 0x10_0000;
+    const CODE: u64 = 64 + 2 * 56;
+    let note = [4, 4, 18, u32::from_le_bytes(*b"Xen\0"), ADDRESS as u32].map(u32::to_le_bytes).concat();
+    let mut image = b"\x7fELF\x02\x01\x01".to_vec();
+    image.resize(16, 0);
+    image.extend([2u16, 62].map(u16::to_le_bytes).concat());
+    image.extend(1u32.to_le_bytes());
+    image.extend([ADDRESS, 64, 0].map(u64::to_le_bytes).concat());
+    image.extend(0u32.to_le_bytes());
+    image.extend([64u16, 56, 2, 0, 0, 0].map(u16::to_le_bytes).concat());
+    let len = code.len() as u64;
+    for (kind, offset, address, len) in [(1u32, CODE, ADDRESS, len), (4, CODE + len, 0, note.len() as u64)] {
+        image.extend([kind, 7].map(u32::to_le_bytes).concat());
+        image.extend([offset, address, address, len, len, 4].map(u64::to_le_bytes).concat());
+    }
+    [&image, code, &note].concat()
+}
+
+/// `skiff run` with a kernel of `code`, without input; nothing where there is no KVM.
+fn machine(folder: &TempDir, code: &[u8]) -> Option<Command> {
+    if let Err(error) = fs::File::options().read(true).write(true).open("/dev/kvm") {
+        // Past the capture of the test runner.
+        let _ = writeln!(std::io::stderr(), "SKIPPED vmm/tests/machine.rs: /dev/kvm: {error}");
+        return None;
+    }
+    let path = folder.path().join("kernel.elf");
+    fs::write(&path, kernel(code)).unwrap();
+    let mut command = Command::new(env!("CARGO_BIN_EXE_skiff"));
+    command.arg("run").arg("--kernel").arg(path).args(["--memory", "64M"]);
+    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+    Some(command)
+}
+
+/// An output whose reader is gone.
+fn nobody() -> Stdio {
+    OwnedFd::from(UnixStream::pair().unwrap().0).into()
+}
+
+#[test]
+fn a_message_that_nobody_takes_does_no_harm() {
+    let folder = tempfile::tempdir().unwrap();
+    let Some(mut command) = machine(&folder, PANIC) else { return };
+    assert_eq!(command.stderr(nobody()).status().unwrap().code(), Some(4), "a closed stderr");
+    command.args(["--log-file", "/dev/full"]);
+    assert_eq!(command.status().unwrap().code(), Some(4), "a full log file, a closed stderr");
+}
+
+#[test]
+fn a_start_that_fails_leaves_the_file_of_the_console_alone() {
+    let folder = tempfile::tempdir().unwrap();
+    let Some(mut command) = machine(&folder, PANIC) else { return };
+    let old = folder.path().join("old.log");
+    fs::write(&old, "what the last machine said").unwrap();
+    command.arg("--serial").arg(format!("file={}", old.display())).arg("--initrd").arg("/dev/null");
+    assert_eq!(command.status().unwrap().code(), Some(1));
+    assert_eq!(fs::read_to_string(&old).unwrap(), "what the last machine said");
+
+    let Some(mut command) = machine(&folder, PANIC) else { return };
+    let new = folder.path().join("new.log");
+    command.arg("--serial").arg(format!("file={}", new.display())).args(["--cpus", "1000000"]);
+    assert_eq!(command.status().unwrap().code(), Some(1));
+    assert!(!new.exists());
+}
