@@ -67,8 +67,9 @@ echo '==> building skiff'
 cargo build --quiet --release --package skiff
 echo '==> making a guest'
 "$here/rootfs/build"
-mkdir -p "$target/quickstart"
-disk=$target/quickstart/root.img
+# The lab may write nowhere else.
+mkdir -p "$target/lab"
+disk=$target/lab/quickstart.img
 if [[ ! -f $disk ]]; then cp --sparse=always "$target/linux/root.img" "$disk"; fi
 
 skiff=$target/release/skiff
@@ -93,7 +94,7 @@ END
 if [[ ${#place[@]} -gt 0 ]]; then
     cat <<END
 KVM here: $kind. That cannot run a stock kernel, so skiff runs inside the lab: an emulated machine with a real KVM, about
-ten times slower. What the guest writes is lost with it. "skiff doctor" says:
+ten times slower. "skiff doctor" says:
 
 END
     { "$skiff" doctor || true; } | grep -A1 '^problem' || true
