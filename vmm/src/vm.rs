@@ -3,7 +3,7 @@
 
 use std::cell::RefCell;
 use std::fs::File;
-use std::io::{ErrorKind, Read};
+use std::io::{self, ErrorKind, Read};
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
@@ -16,7 +16,7 @@ use anyhow::Context;
 use block::disk::Disk;
 use devices::acpi::PowerButton;
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
-use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM};
 
 use crate::builder::{Machine, VmBuilder};
 use crate::config::{OnReboot, VmConfig};
@@ -118,19 +118,20 @@ struct Control {
     console: Rc<RefCell<Console>>,
     exit: Arc<ExitLine>,
     grace: Duration,
+    /// Requests to stop since they were last looked at.
     stops: Arc<AtomicU32>,
+    /// The same, of a terminal that hangs up. The shell and the kernel both say it, so it is no second request.
+    hang_ups: Arc<AtomicU32>,
     deadline: Option<Instant>,
 }
 
 impl Control {
     fn new(config: &VmConfig, exit: &Arc<ExitLine>) -> anyhow::Result<Self> {
-        let stops = Arc::new(AtomicU32::new(0));
-        let (receiver, sender) = UnixStream::pair().context("no socket pair for signals")?;
-        receiver.set_nonblocking(true).context("signals")?;
-        for signal in [SIGTERM, SIGINT, SIGHUP] {
-            let sender = sender.try_clone().context("signals")?;
-            signal_hook::low_level::pipe::register(signal, sender).context("signals")?;
-        }
+        let (stops, hang_ups) = (Arc::new(AtomicU32::new(0)), Arc::new(AtomicU32::new(0)));
+        let stop_signals = Signals::new(&[SIGTERM, SIGINT, SIGQUIT], &stops).context("signals")?;
+        // nohup(1) asks us not to mind.
+        let minded: &[i32] = if is_ignored(SIGHUP) { &[] } else { &[SIGHUP] };
+        let hang_up_signals = Signals::new(minded, &hang_ups).context("signals")?;
         let (quit, button) = (exit.clone(), stops.clone());
         let console = Console::open(&config.serial, move |action| match action {
             ConsoleAction::Quit => quit.raise(ExitReason::Quit),
@@ -138,10 +139,11 @@ impl Control {
         })?;
         let console = Rc::new(RefCell::new(console));
         let mut events = EventManager::<Rc<RefCell<dyn MutEventSubscriber>>>::new().context("no epoll")?;
-        events.add_subscriber(Rc::new(RefCell::new(Signals { receiver, stops: stops.clone() })));
+        events.add_subscriber(Rc::new(RefCell::new(stop_signals)));
+        events.add_subscriber(Rc::new(RefCell::new(hang_up_signals)));
         events.add_subscriber(Rc::new(RefCell::new(Ended(exit.clone()))));
         events.add_subscriber(console.clone());
-        Ok(Self { events, console, exit: exit.clone(), grace: config.grace, stops, deadline: None })
+        Ok(Self { events, console, exit: exit.clone(), grace: config.grace, stops, hang_ups, deadline: None })
     }
 
     /// Handles events until the end of the machine is announced. The first request to stop presses the power button;
@@ -152,7 +154,8 @@ impl Control {
                 i32::try_from(deadline.saturating_duration_since(Instant::now()).as_millis() + 1).unwrap_or(i32::MAX)
             });
             self.events.run_with_timeout(patience).context("epoll")?;
-            for _ in 0..self.stops.swap(0, Ordering::Relaxed) {
+            let hung_up = self.hang_ups.swap(0, Ordering::Relaxed) > 0 && self.deadline.is_none();
+            for _ in 0..self.stops.swap(0, Ordering::Relaxed).max(hung_up.into()) {
                 if self.deadline.is_none() {
                     tracing::info!("power button pressed; the guest has {} s to power off", self.grace.as_secs());
                     power_button.press().context("the power button")?;
@@ -174,10 +177,29 @@ impl Control {
     }
 }
 
-/// SIGTERM, SIGINT and SIGHUP, as bytes in a socket.
+/// Signals, as bytes in a socket.
 struct Signals {
     receiver: UnixStream,
-    stops: Arc<AtomicU32>,
+    count: Arc<AtomicU32>,
+}
+
+impl Signals {
+    /// From now on `signals` are added to `count`, for the rest of the life of the process.
+    fn new(signals: &[i32], count: &Arc<AtomicU32>) -> io::Result<Self> {
+        let (receiver, sender) = UnixStream::pair()?;
+        receiver.set_nonblocking(true)?;
+        for signal in signals {
+            signal_hook::low_level::pipe::register(*signal, sender.try_clone()?)?;
+        }
+        Ok(Self { receiver, count: count.clone() })
+    }
+}
+
+/// Whether whoever started us had `signal` ignored: SigIgn in proc_pid_status(5), bit 0 for signal 1.
+fn is_ignored(signal: i32) -> bool {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let mask = status.lines().find_map(|line| u64::from_str_radix(line.strip_prefix("SigIgn:")?.trim(), 16).ok());
+    mask.is_some_and(|mask| mask >> (signal - 1) & 1 == 1)
 }
 
 impl MutEventSubscriber for Signals {
@@ -188,7 +210,7 @@ impl MutEventSubscriber for Signals {
     fn process(&mut self, _events: Events, _ops: &mut EventOps) {
         let mut signals = [0; 16];
         if let Ok(count) = self.receiver.read(&mut signals) {
-            self.stops.fetch_add(count as u32, Ordering::Relaxed);
+            self.count.fetch_add(count as u32, Ordering::Relaxed);
         }
     }
 }

@@ -1,15 +1,23 @@
 //! Machines from outside, with kernels of a few instructions: what the process does beside running its guest.
 
 use std::fs;
-use std::io::Write;
+use std::io::{Read, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 
 use tempfile::TempDir;
 
 /// `mov al, 1; mov dx, 0x505; out dx, al`, and wait: a panic told through pvpanic, exit code 4.
 const PANIC: &[u8] = &[0xb0, 0x01, 0x66, 0xba, 0x05, 0x05, 0xee, 0xf4, 0xeb, 0xfd];
+
+/// Writes '>' to COM1, waits until it has input, and writes 0x10 to the debug exit port: exit code 33.
+const WAIT: &[u8] = &[
+    0x66, 0xba, 0xfc, 0x03, 0xb0, 0x02, 0xee, // mov dx, 0x3fc; mov al, 2; out dx, al: ready to receive (RTS)
+    0x66, 0xba, 0xf8, 0x03, 0xb0, b'>', 0xee, // mov dx, 0x3f8; mov al, '>'; out dx, al
+    0x66, 0xba, 0xfd, 0x03, 0xec, 0xa8, 0x01, 0x74, 0xfb, // mov dx, 0x3fd; in al, dx; test al, 1; jz to the in
+    0x66, 0xba, 0x01, 0x05, 0xb0, 0x10, 0xee, 0xf4, // mov dx, 0x501; mov al, 0x10; out dx, al; hlt
+];
 
 /// An ELF kernel of `code` with a PVH note, both at 1 MiB (System V ABI, ELF-64; Xen: public/elfnote.h).
 fn kernel(code: &[u8]) -> Vec<u8> {
@@ -75,4 +83,63 @@ fn a_start_that_fails_leaves_the_file_of_the_console_alone() {
     command.arg("--serial").arg(format!("file={}", new.display())).args(["--cpus", "1000000"]);
     assert_eq!(command.status().unwrap().code(), Some(1));
     assert!(!new.exists());
+}
+
+/// Starts [`WAIT`], and waits until the guest runs. Its input is still to come.
+fn waiting(mut command: Command) -> Child {
+    let mut child = command.arg("--debug-exit").stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+    let mut prompt = [0];
+    child.stdout.as_mut().unwrap().read_exact(&mut prompt).unwrap();
+    assert_eq!(prompt, *b">");
+    child
+}
+
+/// A mask of signals in /proc/PID/status (proc(5)) as kill(1) numbers them, from bit 0 for signal 1.
+fn signals(child: &Child, mask: &str) -> u64 {
+    let status = fs::read_to_string(format!("/proc/{}/status", child.id())).unwrap();
+    let line = status.lines().find_map(|line| line.strip_prefix(mask)).unwrap();
+    u64::from_str_radix(line.trim_start_matches(':').trim(), 16).unwrap()
+}
+
+fn send(child: &Child, signal: &str) {
+    assert!(Command::new("kill").args(["-s", signal, &child.id().to_string()]).status().unwrap().success());
+    while signals(child, "ShdPnd") != 0 {
+        std::thread::yield_now();
+    }
+}
+
+#[test]
+fn every_signal_of_a_terminal_stops_in_order() {
+    for signal in ["INT", "TERM", "HUP", "QUIT"] {
+        let folder = tempfile::tempdir().unwrap();
+        let Some(mut command) = machine(&folder, WAIT) else { return };
+        command.args(["--grace", "0"]);
+        let mut child = waiting(command);
+        send(&child, signal);
+        assert_eq!(child.wait().unwrap().code(), Some(10), "{signal}");
+    }
+}
+
+#[test]
+fn hang_ups_are_no_second_request() {
+    let folder = tempfile::tempdir().unwrap();
+    let Some(command) = machine(&folder, WAIT) else { return };
+    let mut child = waiting(command);
+    for signal in ["HUP", "HUP", "HUP"] {
+        send(&child, signal);
+    }
+    child.stdin.as_mut().unwrap().write_all(b"x").unwrap();
+    assert_eq!(child.wait().unwrap().code(), Some(33));
+}
+
+#[test]
+fn a_hang_up_that_is_ignored_stays_ignored() {
+    let folder = tempfile::tempdir().unwrap();
+    let Some(command) = machine(&folder, WAIT) else { return };
+    let mut nohup = Command::new("nohup");
+    nohup.arg(command.get_program()).args(command.get_args()).stderr(Stdio::null());
+    let mut child = waiting(nohup);
+    assert_eq!(signals(&child, "SigIgn") & 1, 1);
+    child.stdin.as_mut().unwrap().write_all(b"x").unwrap();
+    assert_eq!(child.wait().unwrap().code(), Some(33));
 }
