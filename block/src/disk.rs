@@ -103,6 +103,8 @@ impl Disk {
     /// [`DiskError`] says which of its reasons it is.
     pub fn open(path: &Path, readonly: bool, id: &str) -> Result<Self, DiskError> {
         let file = open_file(path, readonly)?;
+        // First: whoever holds the lock may still be giving the image its size.
+        lock_image(&file, path, readonly)?;
         let size = image_size(&file).map_err(|error| DiskError::Io { path: path.into(), error })?;
         if size == 0 {
             return Err(DiskError::Empty(path.into()));
@@ -111,7 +113,6 @@ impl Disk {
             let padded = size.next_multiple_of(SECTOR_SIZE);
             return Err(DiskError::Size { path: path.into(), size, padded });
         }
-        lock_image(&file, path, readonly)?;
         Ok(Self { id: id.to_owned(), file, size, readonly })
     }
 
@@ -296,6 +297,18 @@ mod tests {
             assert!(refusal(&path, false).contains("readonly=on"));
             assert!(Disk::open(&path, true, "disk0").is_ok());
         });
+    }
+
+    #[test]
+    fn the_size_is_that_of_an_image_nobody_else_writes() {
+        let _alone = FORKING.lock();
+        let (_dir, path) = image(0);
+        let creator = File::options().write(true).open(&path).unwrap();
+        assert!(lock::try_lock(&creator, true).unwrap());
+        assert!(refusal(&path, false).contains("locked"), "not yet empty for good");
+        creator.set_len(4096).unwrap();
+        drop(creator);
+        assert_eq!(Disk::open(&path, false, "disk0").unwrap().size(), 4096);
     }
 
     #[test]

@@ -4,7 +4,8 @@
 use std::sync::Arc;
 
 /// What sits behind a range of ports or of physical addresses. Called on vCPU threads, several at once: a device locks
-/// what it must, and never sleeps for I/O.
+/// what it must. It sleeps only where its interface makes the guest wait: a virtio reset until nothing is in flight, a
+/// serial port until its output has room.
 ///
 /// `offset` is relative to the start of the range; `data` is 1, 2, 4 or 8 bytes as the guest accessed it, little endian,
 /// and never reaches past the end of the range. Any combination can come from a hostile guest and none may panic.

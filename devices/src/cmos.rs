@@ -442,6 +442,7 @@ mod tests {
         rtc.pass(50_000_000);
         assert_eq!(rtc.get(SECONDS), 0x30, "stopped");
         rtc.set(REGISTER_B, 0x02);
+        rtc.pass(300_000_000);
         rtc.set(REGISTER_A, 0x26);
         // 1999-12-31 was a Friday.
         assert_eq!(rtc.time(), [0x30, 0x20, 0x10, 6, 0x31, 0x12, 0x99, 0x19]);
@@ -450,6 +451,18 @@ mod tests {
         rtc.pass(2_000_000);
         rtc.get(REGISTER_A);
         assert_eq!(rtc.get(SECONDS), 0x31, "the first update comes half a second after the divider was let go");
+    }
+
+    #[test]
+    fn hours_are_set_in_12_hour_mode() {
+        let rtc = Rtc::at(LEAP_DAY);
+        for (hours, in_24) in [(0x12, 0x00), (0x01, 0x01), (0x11, 0x11), (0x92, 0x12), (0x81, 0x13), (0x91, 0x23)] {
+            rtc.set(REGISTER_B, 0x00);
+            rtc.set(HOURS, hours);
+            assert_eq!(rtc.get(HOURS), hours);
+            rtc.set(REGISTER_B, 0x02);
+            assert_eq!(rtc.get(HOURS), in_24, "{hours:#x}");
+        }
     }
 
     #[test]

@@ -25,6 +25,12 @@ pub const PORTS: u64 = 8;
 const DATA: u8 = 0;
 const INTERRUPT_ENABLE: u8 = 1;
 const RECEIVED_DATA_INTERRUPT: u8 = 1 << 0;
+const TRANSMITTER_EMPTY_INTERRUPT: u8 = 1 << 1;
+const INTERRUPT_IDENTIFICATION: u8 = 2;
+const IDENTIFIES_NONE: u8 = 0b001;
+const IDENTIFIES_TRANSMITTER_EMPTY: u8 = 0b010;
+const IDENTIFIES_RECEIVED_DATA: u8 = 0b100;
+const FIFOS_ENABLED: u8 = 0b11 << 6;
 const FIFO_CONTROL: u8 = 2;
 const RECEIVE_FIFO_RESET: u8 = 1 << 1;
 const LINE_CONTROL: u8 = 3;
@@ -32,6 +38,8 @@ const DIVISOR_LATCH_ACCESS: u8 = 1 << 7;
 const MODEM_CONTROL: u8 = 4;
 const REQUEST_TO_SEND: u8 = 1 << 1;
 const LOOPBACK: u8 = 1 << 4;
+const LINE_STATUS: u8 = 5;
+const DATA_READY: u8 = 1 << 0;
 
 /// Where the bytes go that the guest transmits. Called on vCPU threads.
 pub trait SerialOutput: Send + Sync {
@@ -55,6 +63,8 @@ struct Line {
     registers: Registers<Interrupt, NoEvents, Transmitter>,
     interrupt_enable: u8,
     modem_control: u8,
+    /// A transmitter interrupt that the registers forgot before it was shown.
+    transmitter_empty: bool,
     /// The host has input that did not fit.
     starving: bool,
 }
@@ -65,7 +75,7 @@ impl Serial {
     pub fn new(interrupt: EventFd, output: Arc<dyn SerialOutput>, room: EventFd) -> Self {
         let registers = Registers::new(Interrupt(interrupt), Transmitter(None));
         let fifo_size = registers.fifo_capacity();
-        let line = Line { registers, interrupt_enable: 0, modem_control: 0, starving: false };
+        let line = Line { registers, interrupt_enable: 0, modem_control: 0, transmitter_empty: false, starving: false };
         Self { line: Mutex::new(line), output, room, fifo_size }
     }
 
@@ -96,7 +106,7 @@ impl Serial {
 
     fn read_register(&self, offset: u8) -> u8 {
         let mut line = self.line();
-        let value = line.registers.read(offset);
+        let value = line.read(offset);
         self.tell_room(&mut line);
         value
     }
@@ -141,6 +151,29 @@ impl Line {
     fn listens(&self) -> bool {
         self.modem_control & LOOPBACK == 0
             && (self.modem_control & REQUEST_TO_SEND != 0 || self.interrupt_enable & RECEIVED_DATA_INTERRUPT != 0)
+    }
+
+    fn read(&mut self, offset: u8) -> u8 {
+        if offset == INTERRUPT_IDENTIFICATION { self.identify() } else { self.registers.read(offset) }
+    }
+
+    /// The enabled interrupt that comes first by priority. vm-superio shows two as the sum of their codes, which is the
+    /// code of a third, and forgets both, also while there are data to receive; a driver that goes by the code would
+    /// leave them lying.
+    fn identify(&mut self) -> u8 {
+        let shown = self.registers.read(INTERRUPT_IDENTIFICATION);
+        let received =
+            self.interrupt_enable & RECEIVED_DATA_INTERRUPT != 0 && self.registers.read(LINE_STATUS) & DATA_READY != 0;
+        self.transmitter_empty |= shown & IDENTIFIES_TRANSMITTER_EMPTY != 0;
+        self.transmitter_empty &= self.interrupt_enable & TRANSMITTER_EMPTY_INTERRUPT != 0;
+        let first = if received {
+            IDENTIFIES_RECEIVED_DATA
+        } else if std::mem::take(&mut self.transmitter_empty) {
+            IDENTIFIES_TRANSMITTER_EMPTY
+        } else {
+            IDENTIFIES_NONE
+        };
+        FIFOS_ENABLED | first
     }
 
     fn write(&mut self, offset: u8, value: u8, fifo_size: usize) {
@@ -202,7 +235,6 @@ mod tests {
     use vmm_sys_util::eventfd::EFD_NONBLOCK;
 
     const LINE_STATUS: u64 = 5;
-    const DATA_READY: u8 = 1;
 
     /// Takes `room` bytes, then holds back.
     #[derive(Default)]
@@ -286,6 +318,39 @@ mod tests {
         assert_eq!(interrupt.read().unwrap(), 1);
         assert_eq!(get(&serial, 2) & 0x0f, 0x04, "received data available");
         assert_eq!(receive(&serial), b"\x03");
+    }
+
+    /// 16550A data sheet, "Interrupt Identification Register": the first by priority is shown, received data until it
+    /// is read, an empty transmitter until it was shown, and nothing that is not enabled.
+    #[test]
+    fn interrupts_are_identified_by_priority() {
+        let Port { serial, .. } = port(usize::MAX);
+        serial.write(1, &[0x03]);
+        assert_eq!(serial.enqueue(b"ab"), 2);
+        assert_eq!([get(&serial, 2), get(&serial, 2)], [0xc4, 0xc4], "data are there");
+        get(&serial, 0);
+        assert_eq!(get(&serial, 2), 0xc4, "and still are");
+        get(&serial, 0);
+        assert_eq!([get(&serial, 2), get(&serial, 2)], [0xc2, 0xc1], "then the transmitter");
+        serial.write(0, b"x");
+        assert_eq!(serial.enqueue(b"c"), 1);
+        assert_eq!(get(&serial, 2), 0xc4);
+        serial.write(1, &[0x00]);
+        assert_eq!(get(&serial, 2), 0xc1, "nothing is enabled");
+        serial.write(1, &[0x02]);
+        assert_eq!([get(&serial, 2), get(&serial, 2)], [0xc2, 0xc1], "enabled anew while empty");
+    }
+
+    #[test]
+    fn a_baud_rate_is_no_readiness() {
+        let Port { serial, room, .. } = port(0);
+        assert_eq!(serial.enqueue(b"x"), 0);
+        // Divisor 0x0101: with DLAB set, the second register is the high byte of the divisor.
+        serial.write(3, &[0x83]);
+        serial.write(0, &[1, 1]);
+        serial.write(3, &[0x03]);
+        assert!(room.read().is_err());
+        assert_eq!(serial.enqueue(b"x"), 0);
     }
 
     #[test]

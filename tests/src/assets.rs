@@ -37,13 +37,18 @@ pub fn guest(name: &str) -> PathBuf {
     path
 }
 
-/// A private copy of the guest's root file system.
+/// The Debian root file system of `resources/image/build`, if it was built.
+pub fn debian_image() -> Option<PathBuf> {
+    Some(target().join("image/debian.img")).filter(|path| path.is_file())
+}
+
+/// A private copy of an image, with its holes.
 ///
 /// # Panics
 /// If it cannot be copied.
-pub fn root_image(folder: &Path) -> PathBuf {
+pub fn copy_image(image: &Path, folder: &Path) -> PathBuf {
     let copy = folder.join("root.img");
-    std::fs::copy(guest("root.img"), &copy).expect("copying the root image");
+    tool("cp", &["--sparse=auto", image.to_str().expect("UTF-8"), copy.to_str().expect("UTF-8")]);
     copy
 }
 

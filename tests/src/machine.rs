@@ -201,6 +201,20 @@ impl Machine {
         self.wait_for("skiff-guest: ready\n");
     }
 
+    /// Logs in as root, without a password, at a login prompt, and makes the shell answer as the test guest does.
+    ///
+    /// # Panics
+    /// If there is no prompt.
+    pub fn log_in(&mut self) {
+        self.wait_for("login: ");
+        self.send("root\n");
+        self.wait_for("# ");
+        // The quotes keep the terminal's echo of this line from looking like its effect.
+        self.send("stty -echo; echo 'skiff-guest: 'ready; ");
+        self.send("while read -r line; do echo '<<<'; sh -c \"$line\" </dev/null; echo \">>> $?\"; done\n");
+        self.wait_ready();
+    }
+
     /// Types on the console.
     ///
     /// # Panics

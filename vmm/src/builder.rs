@@ -109,6 +109,8 @@ impl VmBuilder<'_> {
         let (vm, extended_destination) = self.create_vm()?;
         let memory = memory::map(&self.config.memory, &layout.ram)?;
         memory::register(&vm, &memory)?;
+        // After the memory: KVM_SET_USER_MEMORY_REGION would wait out the grace period that these begin (milliseconds).
+        create_interrupt_controllers(&vm)?;
 
         let interrupts = Arc::new(KvmInterrupts::new(vm.clone(), extended_destination));
         let mut buses = Buses::default();
@@ -137,7 +139,7 @@ impl VmBuilder<'_> {
         Ok(Board { vcpus, buses, interrupts, power_button, functions, exit, vm, memory })
     }
 
-    /// The VM with its in-kernel interrupt controllers and timer, and whether MSI destinations may be extended.
+    /// The VM, empty, and whether its MSI destinations may be extended.
     fn create_vm(&self) -> anyhow::Result<(Arc<VmFd>, bool)> {
         let limit = self.kvm.get_max_vcpus() as u64;
         let cpus = u64::from(self.config.cpus);
@@ -158,9 +160,6 @@ impl VmBuilder<'_> {
         }
         vm.set_identity_map_address(layout::KVM_IDENTITY_MAP).context("KVM_SET_IDENTITY_MAP_ADDR")?;
         vm.set_tss_address(layout::KVM_TSS as usize).context("KVM_SET_TSS_ADDR")?;
-        vm.create_irq_chip().context("KVM cannot create its interrupt controllers (KVM_CREATE_IRQCHIP)")?;
-        let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
-        vm.create_pit2(pit).context("KVM cannot create its timer (KVM_CREATE_PIT2)")?;
         Ok((Arc::new(vm), extended_destination))
     }
 
@@ -233,8 +232,8 @@ impl VmBuilder<'_> {
             last_bus: 0,
             pci_window_32: layout::PCI_WINDOW_32.start as u32..layout::PCI_WINDOW_32.end as u32,
             pci_window_64: layout.pci_window_64.clone(),
-            serial: Some(PortDevice { port: port::COM1, gsi: gsi::COM1 }),
-            rtc: PortDevice { port: port::RTC, gsi: gsi::RTC },
+            serial: Some(PortDevice { port: port::COM1, gsi: Some(gsi::COM1) }),
+            rtc: PortDevice { port: port::RTC, gsi: None },
             power_button_gsi: gsi::POWER_BUTTON,
             sleep_control: port::ACPI_SLEEP,
             sleep_status: port::ACPI_SLEEP + 1,
@@ -284,6 +283,12 @@ fn power_button(interrupts: &KvmInterrupts) -> anyhow::Result<PowerButton> {
     let event = EventFd::new(EFD_NONBLOCK).context("no eventfd for the power button")?;
     interrupts.attach_pin(gsi::POWER_BUTTON, &event).context("KVM_IRQFD for the power button")?;
     Ok(PowerButton::new(event))
+}
+
+fn create_interrupt_controllers(vm: &VmFd) -> anyhow::Result<()> {
+    vm.create_irq_chip().context("KVM cannot create its interrupt controllers (KVM_CREATE_IRQCHIP)")?;
+    let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
+    vm.create_pit2(pit).context("KVM cannot create its timer (KVM_CREATE_PIT2)")
 }
 
 fn create_vcpu(vm: &VmFd, id: u32, leaves: &CpuId) -> anyhow::Result<VcpuFd> {

@@ -19,9 +19,16 @@ pub struct MsiMessage {
 pub trait MsiRouter: Send + Sync {
     /// From now on a write to `event` raises `message` through `gsi`; one already counted in `event` raises it at once.
     /// Calling it again for a GSI that is set replaces the message.
+    ///
+    /// # Errors
+    /// What the host says; then everything is as before the call.
     fn set(&self, gsi: u32, message: MsiMessage, event: &EventFd) -> io::Result<()>;
 
-    /// From now on writes to `event` stay counted in it. Idempotent.
+    /// From now on writes to `event` stay counted in it; those before were raised, and are not counted any more.
+    /// Idempotent.
+    ///
+    /// # Errors
+    /// As for [`MsiRouter::set`].
     fn clear(&self, gsi: u32, event: &EventFd) -> io::Result<()>;
 }
 
@@ -164,24 +171,13 @@ impl Msix {
         }
         let (gsi, event) = (self.first_gsi + vector as u32, &self.events[vector]);
         let result = match wanted {
-            Some(message) if entry.attached.is_some() => self.router.set(gsi, message, event),
-            Some(message) => {
-                // KVM raises what an eventfd has counted when it is attached, but leaves the count there, and the
-                // vector would look pending at its next mask. Take the count, and raise it again through the attached
-                // eventfd.
-                let pending = event.read().is_ok();
-                let result = self.router.set(gsi, message, event);
-                if pending {
-                    let _ = event.write(1);
-                }
-                result
-            }
+            Some(message) => self.router.set(gsi, message, event),
             None => self.router.clear(gsi, event),
         };
         match result {
             Ok(()) => entry.attached = wanted,
+            // Then `attached` stays what it was, and the next change tries again.
             Err(error) => {
-                entry.attached = None;
                 if !std::mem::replace(&mut self.warned, true) {
                     tracing::warn!(gsi, %error, "an MSI-X vector could not be switched; its interrupts may be missing");
                 }
@@ -344,6 +340,40 @@ mod tests {
         mask(&mut msix, 0, true);
         mask(&mut msix, 0, false);
         assert_eq!(table.raised(), [(GSI, message(0))]);
+    }
+
+    /// What the router refuses has not happened: the old message is still in force, and is ended at the next mask.
+    #[test]
+    fn a_router_that_fails_leaves_what_was() {
+        let (mut msix, table) = msix(1);
+        msix.set_control(true, false);
+        program(&mut msix, 0, false);
+        table.fail(true);
+        msix.table_write(8, &0x4099_u32.to_le_bytes());
+        table.fail(false);
+        mask(&mut msix, 0, true);
+        assert_eq!(table.attached(), []);
+        mask(&mut msix, 0, false);
+        table.fail(true);
+        mask(&mut msix, 0, true);
+        table.fail(false);
+        msix.set_control(false, false);
+        assert_eq!(table.attached(), []);
+    }
+
+    #[test]
+    fn what_is_raised_before_a_mask_is_not_pending_after_it() {
+        let (mut msix, table) = msix(1);
+        msix.set_control(true, false);
+        raise(&msix, 0);
+        program(&mut msix, 0, false);
+        mask(&mut msix, 0, true);
+        assert_eq!((table.raised(), pending(&msix)), (vec![(GSI, message(0))], 0), "raised when attached");
+        mask(&mut msix, 0, false);
+        raise(&msix, 0);
+        mask(&mut msix, 0, true);
+        mask(&mut msix, 0, false);
+        assert_eq!(table.raised(), [(GSI, message(0))], "once");
     }
 
     #[test]

@@ -16,16 +16,20 @@ pub(crate) struct MsiTable {
 #[derive(Default)]
 struct State {
     attached: BTreeMap<u32, (MsiMessage, EventFd)>,
+    /// What was raised through vectors that are no longer attached.
+    raised: Vec<(u32, MsiMessage)>,
     calls: usize,
     failing: bool,
 }
 
 impl MsiTable {
-    /// The interrupts raised since the last call, in the order of their GSIs.
+    /// The interrupts raised since the last call: those of vectors detached meanwhile, then by GSI.
     pub(crate) fn raised(&self) -> Vec<(u32, MsiMessage)> {
-        let state = self.state.lock().unwrap();
-        let raised = state.attached.iter().filter(|(_, (_, event))| event.read().is_ok());
-        raised.map(|(&gsi, &(message, _))| (gsi, message)).collect()
+        let mut state = self.state.lock().unwrap();
+        let mut raised = std::mem::take(&mut state.raised);
+        let attached = state.attached.iter().filter(|(_, (_, event))| event.read().is_ok());
+        raised.extend(attached.map(|(&gsi, &(message, _))| (gsi, message)));
+        raised
     }
 
     /// What is attached now.
@@ -61,7 +65,11 @@ impl MsiRouter for MsiTable {
         if state.failing {
             return Err(io::Error::other("the table is told to fail"));
         }
-        state.attached.remove(&gsi);
+        if let Some((message, event)) = state.attached.remove(&gsi)
+            && event.read().is_ok()
+        {
+            state.raised.push((gsi, message));
+        }
         Ok(())
     }
 }

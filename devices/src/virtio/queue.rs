@@ -92,8 +92,8 @@ impl Virtqueue {
     /// Freezes a queue that the driver laid out.
     ///
     /// # Errors
-    /// [`QueueError::Layout`] if the size is no power of two, or a ring is misaligned, not in memory, at address 0, or
-    /// over another ring.
+    /// [`QueueError::Layout`] if the size is no power of two, a ring is misaligned, not in memory, or over another, or
+    /// the driver area is at address 0: it was not set.
     pub fn new(layout: QueueLayout, features: u64, memory: Arc<GuestMemoryMmap>) -> Result<Self, QueueError> {
         debug_assert!(features & (1 << VIRTIO_F_VERSION_1) != 0, "the transport negotiates VERSION_1");
         let QueueLayout { size, desc, driver, device } = layout;

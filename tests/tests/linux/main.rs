@@ -2,4 +2,8 @@
 //! where the host has none, one boot for all of these tests.
 
 mod boot;
+mod debian;
+mod disk;
+mod messages;
 mod power;
+mod serial;

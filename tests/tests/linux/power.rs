@@ -93,21 +93,6 @@ fn the_end_of_the_grace_period_is_10() {
     assert_eq!(ended.code, Some(10), "{}", ended.messages);
 }
 
-/// QEMU's isa-debug-exit: the value shifted left, plus one.
-#[test]
-fn the_exit_port_has_the_odd_codes() {
-    let mut guest = Skiff::linux().flag("--debug-exit").boot();
-    guest.send("printf '\\052' | dd of=/dev/port bs=1 seek=1281 count=1 conv=notrunc\n");
-    assert_eq!(guest.wait().code, Some((42 << 1) | 1));
-}
-
-#[test]
-fn without_debug_exit_the_port_is_nothing() {
-    let mut guest = Skiff::linux().boot();
-    guest.ask("printf '\\052' | dd of=/dev/port bs=1 seek=1281 count=1 conv=notrunc");
-    assert_eq!(guest.power_off().code, Some(0));
-}
-
 /// `Ctrl-A x` is a key of the terminal, so skiff gets one: script(1) makes a pseudoterminal.
 #[test]
 fn ctrl_a_x_ends_the_machine() {

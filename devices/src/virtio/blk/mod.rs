@@ -63,7 +63,7 @@ pub struct Blk {
     disk: Arc<Disk>,
     number: usize,
     serial: Serial,
-    workers: Vec<Worker<bool>>,
+    workers: Vec<Worker<()>>,
     /// Across resets, for a guest can reset as often as it likes.
     log: Arc<Mutex<LogLimit>>,
 }
@@ -78,7 +78,12 @@ impl Blk {
         Self { disk, number: options.number, serial, workers: Vec::new(), log: Arc::default() }
     }
 
-    fn start(&self, queue: ActiveQueue, context: Context) -> io::Result<Worker<bool>> {
+    fn rules(&self, features: u64) -> Rules {
+        let durable = features & 1 << VIRTIO_BLK_F_FLUSH == 0;
+        Rules { size: self.disk.size(), readonly: self.disk.readonly(), durable }
+    }
+
+    fn start(&self, queue: ActiveQueue, context: Context) -> io::Result<Worker<()>> {
         let name = format!("blk{}-q{}", self.number, queue.index);
         let engine = ThreadPool::new(self.disk.clone(), DEFAULT_THREADS, &format!("{name}-io"))?;
         let worker = QueueWorker::new(context, queue, Box::new(engine))?;
@@ -115,10 +120,9 @@ impl VirtioDevice for Blk {
     fn write_config(&mut self, _offset: u64, _data: &[u8]) {}
 
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
-        let durable = activation.features & 1 << VIRTIO_BLK_F_FLUSH == 0;
         let context = Context {
             disk: self.disk.clone(),
-            rules: Rules { size: self.disk.size(), readonly: self.disk.readonly(), durable },
+            rules: self.rules(activation.features),
             serial: self.serial,
             memory: activation.memory,
             interrupt: activation.interrupt,
@@ -136,15 +140,9 @@ impl VirtioDevice for Blk {
         Ok(())
     }
 
-    /// Also flushes the disk if the guest wrote to it.
+    /// Also flushes the disk if the guest wrote to it: each worker does when it stops.
     fn reset(&mut self) {
-        let mut wrote = false;
-        for worker in self.workers.drain(..) {
-            wrote |= worker.stop();
-        }
-        if wrote && let Err(error) = self.disk.flush() {
-            tracing::error!("disk {}: flushing failed, the last writes may be lost: {error}", self.disk.id());
-        }
+        self.workers.drain(..).for_each(Worker::stop);
     }
 }
 

@@ -191,7 +191,8 @@ fn place(header: &Header, buffers: &[(GuestAddress, u32)], rules: &Rules) -> Opt
     let offset = header.sector.checked_mul(SECTOR_SIZE)?;
     let len: u64 = buffers.iter().map(|&(_, len)| u64::from(len)).sum();
     let on_disk = offset.checked_add(len)? <= rules.size;
-    // A chain is at most 4 GiB long (virtio 1.2, 2.7.5), and the used ring counts the status byte too.
-    let len = u32::try_from(len).ok().filter(|len| *len < u32::MAX)?;
+    // A chain is at most 4 GiB long (virtio 1.2, 2.7.5). Whole sectors leave room in 32 bits for the status byte, which
+    // the used ring counts too.
+    let len = u32::try_from(len).ok()?;
     (on_disk && u64::from(len).is_multiple_of(SECTOR_SIZE)).then_some((offset, len))
 }

@@ -3,7 +3,7 @@
 use std::fs::{self, File};
 use std::os::fd::AsRawFd;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::Ordering;
 
 use block::engine::{Completion, Engine, Op, OpKind};
 use tempfile::TempDir;
@@ -503,11 +503,11 @@ fn reset_leaves_nothing_in_flight() {
     assert_eq!(Arc::strong_count(&guest.memory), 2, "only the guest and its driver still hold the memory");
 }
 
-/// An engine that does nothing until it is drained, and then fails as told.
+/// An engine that does nothing until it is drained, and tells what it did at each drain.
 struct Stuck {
     ops: Vec<(Op, u16)>,
     submitted: EventFd,
-    drained: Arc<AtomicBool>,
+    drained: Arc<Mutex<Vec<Vec<OpKind>>>>,
     completed: EventFd,
 }
 
@@ -525,8 +525,8 @@ impl Engine for Stuck {
         &self.completed
     }
     fn drain(&mut self, completions: &mut Vec<Completion>) {
+        self.drained.lock().unwrap().push(self.ops.iter().map(|(op, _)| op.kind).collect());
         completions.extend(self.ops.drain(..).map(|(op, tag)| Completion { tag, op, result: Ok(()) }));
-        self.drained.store(true, Ordering::SeqCst);
     }
 }
 
@@ -580,7 +580,7 @@ impl Engine for Late {
     fn drain(&mut self, _: &mut Vec<Completion>) {}
 }
 
-fn spawn(guest: &Guest, image: &Image, engine: Box<dyn Engine>) -> Worker<bool> {
+fn spawn(guest: &Guest, image: &Image, engine: Box<dyn Engine>) -> Worker<()> {
     let disk = Arc::new(Disk::open(&image.path, false, "disk0").unwrap());
     let context = Context {
         rules: Rules { size: disk.size(), readonly: false, durable: false },
@@ -594,23 +594,29 @@ fn spawn(guest: &Guest, image: &Image, engine: Box<dyn Engine>) -> Worker<bool> 
     Worker::spawn("blk0-q0", move |stop| worker.run(&stop)).unwrap()
 }
 
+/// What is in flight ends first, for a flush covers only what completed before it (virtio 1.2, 5.2.6.2).
 #[test]
-fn a_stop_drains_and_answers_nothing() {
-    for (kind, wrote) in [(IN, false), (OUT, true), (FLUSH, false)] {
+fn a_stop_drains_then_flushes_what_was_written_and_answers_nothing() {
+    let write = OpKind::Write { durable: false };
+    for (kind, expected) in [
+        (IN, vec![vec![OpKind::Read]]),
+        (OUT, vec![vec![write], vec![OpKind::Flush]]),
+        (FLUSH, vec![vec![OpKind::Flush]]),
+    ] {
         let (image, mut guest) = (Image::new(), Guest::new(PLAIN));
-        let (submitted, drained) = (EventFd::new(EFD_NONBLOCK).unwrap(), Arc::new(AtomicBool::new(false)));
+        let (submitted, drained) = (EventFd::new(EFD_NONBLOCK).unwrap(), Arc::default());
         let engine = Stuck {
             ops: Vec::new(),
             submitted: submitted.try_clone().unwrap(),
-            drained: drained.clone(),
+            drained: Arc::clone(&drained),
             completed: EventFd::new(EFD_NONBLOCK).unwrap(),
         };
         let data = if kind == OUT { readable(DATA, 512) } else { writable(DATA, 512) };
         let (_, status) = guest.offer(kind, 0, &[data]);
         let worker = spawn(&guest, &image, Box::new(engine));
         wait(&submitted);
-        assert_eq!(worker.stop(), wrote);
-        assert!(drained.load(Ordering::SeqCst));
+        worker.stop();
+        assert_eq!(*drained.lock().unwrap(), expected);
         assert_eq!(guest.driver.used(), None);
         assert_eq!(guest.bytes(status, 1), [UNTOUCHED]);
         assert!(guest.line.queue.read().is_err());
@@ -633,6 +639,46 @@ fn a_request_that_came_before_notifications_were_on_is_seen() {
     }
 }
 
+/// Stands for a driver that makes a request available whenever one is answered, so that the ring never runs empty.
+struct Endless {
+    driver: Driver,
+    chain: Vec<Segment>,
+    completed: EventFd,
+}
+
+impl Engine for Endless {
+    fn push(&mut self, _: Op, _: u16) {}
+    fn submit(&mut self) {
+        while self.driver.used().is_some() {}
+        while self.driver.free() >= self.chain.len() {
+            self.driver.add(&self.chain);
+        }
+    }
+    fn reap(&mut self, _: &mut Vec<Completion>) {}
+    fn completion_event(&self) -> &EventFd {
+        &self.completed
+    }
+    fn drain(&mut self, _: &mut Vec<Completion>) {}
+}
+
+#[test]
+fn a_driver_that_never_rests_cannot_keep_the_worker() {
+    let (image, mut guest) = (Image::new(), Guest::new(PLAIN));
+    let (header, status) = guest.header(0xffff, 0);
+    let driver = Driver::new(guest.memory.clone(), RINGS, QUEUE_SIZE);
+    let (chain, completed) = (vec![header, status], EventFd::new(EFD_NONBLOCK).unwrap());
+    let worker = spawn(&guest, &image, Box::new(Endless { driver, chain, completed }));
+    wait(&guest.line.queue);
+    let stopped = EventFd::new(EFD_NONBLOCK).unwrap();
+    let told = stopped.try_clone().unwrap();
+    let thread = std::thread::spawn(move || {
+        worker.stop();
+        told.write(1).unwrap();
+    });
+    wait(&stopped);
+    thread.join().unwrap();
+}
+
 #[test]
 fn a_failing_disk_fails_requests_and_completions_inline_are_seen() {
     let (image, mut guest) = (Image::new(), Guest::new(PLAIN));
@@ -642,7 +688,7 @@ fn a_failing_disk_fails_requests_and_completions_inline_are_seen() {
         assert_eq!(guest.request(kind, 0, &[writable(DATA, 512)]), (IOERR, 1));
     }
     assert_eq!(guest.request(GET_ID, 0, &[writable(DATA, 20)]), (OK, 21));
-    assert!(!worker.stop());
+    worker.stop();
 }
 
 #[test]
@@ -651,8 +697,9 @@ fn writes_are_durable_for_a_driver_that_cannot_flush() {
     memory.write_obj(OUT, GuestAddress(0)).unwrap();
     let chain =
         crate::virtio::queue::Chain { head: 0, segments: vec![readable(0, 16), readable(512, 512), writable(2048, 1)] };
-    for durable in [false, true] {
-        let rules = Rules { size: 4096, readonly: false, durable };
+    let blk = Image::new().open(false, None);
+    for (features, durable) in [(PLAIN, false), (PLAIN & !(1 << VIRTIO_BLK_F_FLUSH), true)] {
+        let rules = blk.rules(features);
         let mut buffers = Vec::new();
         let (_, action) = request::Request::parse(&chain, &memory, &rules, &mut buffers).unwrap();
         assert_eq!(action, request::Action::Transfer(OpKind::Write { durable }, 0));

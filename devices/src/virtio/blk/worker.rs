@@ -52,6 +52,7 @@ pub(super) struct QueueWorker {
     chain: Chain,
     completions: Vec<Completion>,
     spare: Vec<Op>,
+    /// The guest wrote to the disk.
     wrote: bool,
 }
 
@@ -81,18 +82,27 @@ impl QueueWorker {
     }
 
     /// The body of the thread. Ends when `stop` is readable or the driver breaks the queue. What is in flight then is
-    /// waited for, but not answered: the rings are the driver's again. Returns whether the guest wrote to the disk.
-    pub(super) fn run(mut self, stop: &EventFd) -> bool {
+    /// waited for, but not answered: the rings are the driver's again. What the guest wrote is flushed.
+    pub(super) fn run(mut self, stop: &EventFd) {
         if let Err(broken) = self.serve(stop) {
             self.log(format_args!("queue {}: {broken}; it stops until the driver resets the device", self.index));
             self.context.interrupt.needs_reset();
         }
+        self.drain();
+        if self.wrote {
+            let flush = self.new_op();
+            self.engine.push(flush, 0);
+            self.drain();
+        }
+    }
+
+    fn drain(&mut self) {
         let mut completions = mem::take(&mut self.completions);
         self.engine.drain(&mut completions);
-        for Completion { op, result, .. } in completions {
+        for Completion { op, result, .. } in completions.drain(..) {
             self.judge(&op, &result);
         }
-        self.wrote
+        self.completions = completions;
     }
 
     fn serve(&mut self, stop: &EventFd) -> Result<(), Broken> {
@@ -173,6 +183,7 @@ impl QueueWorker {
         Ok((taken, answered))
     }
 
+    /// A flush, unless the caller makes something else of it.
     fn new_op(&self) -> Op {
         Op { kind: OpKind::Flush, offset: 0, segments: Vec::new(), memory: self.context.memory.clone() }
     }

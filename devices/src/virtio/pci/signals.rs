@@ -110,9 +110,7 @@ impl Interrupt for Signals {
     }
 
     fn needs_reset(&self) {
-        let before = self.status.fetch_or(status::NEEDS_RESET, Ordering::AcqRel);
-        if before & status::DRIVER_OK != 0 {
-            self.raise(&self.config_vector, ISR_CONFIG);
-        }
+        self.add_status(status::NEEDS_RESET);
+        self.raise(&self.config_vector, ISR_CONFIG);
     }
 }

@@ -396,6 +396,15 @@ fn an_enabled_queue_is_frozen() {
     assert_eq!(guest.common::<8>(0x20), 0x1234_5678_9abc_def0);
 }
 
+/// A queue that is enabled too late is never handed to the device, so it must not look enabled (virtio 1.2, 3.1.1).
+#[test]
+fn a_queue_cannot_be_set_up_after_driver_ok() {
+    let guest = Guest::new(true);
+    guest.start(VERSION_1);
+    guest.set_up_queue(0, QueueLayout { size: 8, desc: 0x4000, driver: 0x5000, device: 0x6000 }, 1);
+    assert_eq!([0x18, 0x1a, 0x1c, 0x20].map(|register| guest.common::<2>(register)), [64, 1, 0, 0]);
+}
+
 #[test]
 fn vectors_that_do_not_exist_read_back_as_none() {
     let guest = Guest::new(true);
@@ -690,6 +699,7 @@ fn a_reset_of_the_function_is_power_on() {
     guest.start(VERSION_1);
     guest.interrupt().queue(1);
     guest.interrupt().config();
+    assert_eq!(guest.msi.raised(), raised(2));
     guest.device.reset();
     assert!(guest.seen.lock().unwrap().active.is_none());
     assert_eq!((guest.msi.attached(), guest.msi.raised()), (vec![], vec![]));

@@ -19,7 +19,7 @@ use clap::Parser;
 
 use guest::{Guest, Kind};
 use machine::{Machine, Name};
-use report::{Report, Sample};
+use report::{Idle, Report, Sample};
 
 /// Measure the start of skiff beside QEMU, run by run in turn
 ///
@@ -31,7 +31,7 @@ struct Options {
     /// Rounds; in each, every machine runs every guest once
     #[arg(long, default_value_t = 7)]
     runs: usize,
-    /// Seconds over which an idle guest's CPU time is taken
+    /// Seconds over which an idle guest's CPU time is taken, and its memory after them; 0: only measure the start
     #[arg(long, default_value_t = 5)]
     idle: u64,
     /// The machines, in the order of the first round
@@ -129,13 +129,13 @@ fn run(machine: &Machine, guest: &Guest, idle: Duration) -> anyhow::Result<Sampl
     let reached = process.wait_for(guest.marker)?;
     let exits = kvm::statistics(process.id());
     if idle.is_zero() {
-        return Ok(Sample { reached, exits, ..Sample::default() });
+        return Ok(Sample { reached, exits, idle: None });
     }
     // The guest's first housekeeping is not idling.
     std::thread::sleep(Duration::from_secs(1));
     let cpu = process.idle_cpu(idle)?;
     let memory = process.memory_beyond(machine::MEMORY)?;
-    Ok(Sample { reached, exits, cpu, memory })
+    Ok(Sample { reached, exits, idle: Some(Idle { cpu, memory }) })
 }
 
 /// Where the exits of each machine come from, in one traced boot.

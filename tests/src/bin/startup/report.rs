@@ -19,6 +19,14 @@ pub(crate) struct Memory {
     pub(crate) private_dirty: u64,
 }
 
+/// What a machine costs while its guest has nothing to do.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub(crate) struct Idle {
+    /// As a fraction of a core.
+    pub(crate) cpu: f64,
+    pub(crate) memory: Memory,
+}
+
 /// What one run showed.
 #[derive(Clone, Debug, Default, Serialize)]
 pub(crate) struct Sample {
@@ -26,10 +34,8 @@ pub(crate) struct Sample {
     pub(crate) reached: Duration,
     /// KVM's counters when the marker came.
     pub(crate) exits: BTreeMap<String, u64>,
-    /// CPU of the idle guest, as a fraction of a core.
-    pub(crate) cpu: f64,
-    /// Memory of the idle guest's machine.
-    pub(crate) memory: Memory,
+    /// CPU and memory of the idle guest's machine; none where only the start was measured.
+    pub(crate) idle: Option<Idle>,
 }
 
 /// All samples of a benchmark run.
@@ -89,18 +95,20 @@ impl Report {
                 Kind::Linux => "exec to init, ms",
             };
             let idle = format!("idle CPU over {} s, % of a core", self.idle_seconds);
-            self.print_row(samples, reached, 1, |sample| sample.reached.as_secs_f64() * 1e3);
-            self.print_row(samples, "resident beyond guest memory, KiB", 0, |sample| sample.memory.resident as f64);
-            self.print_row(samples, "private dirty beyond guest memory, KiB", 0, |sample| {
-                sample.memory.private_dirty as f64
+            self.print_row(samples, reached, 1, |sample| Some(sample.reached.as_secs_f64() * 1e3));
+            self.print_row(samples, "resident beyond guest memory, KiB", 0, |sample| {
+                Some(sample.idle?.memory.resident as f64)
             });
-            self.print_row(samples, &idle, 2, |sample| sample.cpu * 100.0);
+            self.print_row(samples, "private dirty beyond guest memory, KiB", 0, |sample| {
+                Some(sample.idle?.memory.private_dirty as f64)
+            });
+            self.print_row(samples, &idle, 2, |sample| Some(sample.idle?.cpu * 100.0));
             let mut counters: Vec<_> = samples.values().flatten().flat_map(|sample| sample.exits.keys()).collect();
             counters.sort();
             counters.dedup();
             for counter in &counters {
                 self.print_row(samples, &format!("KVM {counter}"), 0, |sample| {
-                    sample.exits.get(*counter).copied().unwrap_or(0) as f64
+                    Some(sample.exits.get(*counter).copied().unwrap_or(0) as f64)
                 });
             }
             if counters.is_empty() {
@@ -133,11 +141,17 @@ impl Report {
         samples: &BTreeMap<Name, Vec<Sample>>,
         label: &str,
         digits: usize,
-        of: impl Fn(&Sample) -> f64,
+        of: impl Fn(&Sample) -> Option<f64>,
     ) {
+        let columns: Vec<Vec<f64>> = self
+            .machines
+            .iter()
+            .map(|name| samples.get(name).into_iter().flatten().filter_map(&of).collect())
+            .collect();
+        if columns.iter().all(Vec::is_empty) {
+            return;
+        }
         print!("{label:<42}");
-        let columns: Vec<Vec<f64>> =
-            self.machines.iter().map(|name| samples.get(name).into_iter().flatten().map(&of).collect()).collect();
         for column in &columns {
             let (low, high) = column.iter().fold((f64::MAX, f64::MIN), |(low, high), x| (low.min(*x), high.max(*x)));
             let cell = format!("{:.digits$} ({low:.digits$}-{high:.digits$})", median(column));

@@ -1,0 +1,68 @@
+#!/usr/bin/env bash
+# Every test there is: installs what they need (Debian and Ubuntu), then formatting, lints, unit and documentation tests,
+# the bare-metal guest, and the Linux guests, which run in the lab where this host has no hardware KVM. The last line is
+# "N passed, N failed, N skipped"; the exit code is 0 if nothing failed.
+# Usage: tests/run.sh
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+target=$(realpath -m "${CARGO_TARGET_DIR:-target}")
+mkdir -p "$target"
+log=$target/tests.log
+: >"$log"
+export CARGO_TERM_COLOR=${CARGO_TERM_COLOR:-auto}
+
+failed_steps=()
+# Runs a command with a time limit, shows it and its time, and remembers when it failed.
+step() {
+    local name=$1 limit=$2 began=$SECONDS
+    shift 2
+    echo "==> $name"
+    if timeout --foreground --kill-after=10 "$limit" "$@" 2>&1 | tee -a "$log"; then
+        echo "    $name: ok, $((SECONDS - began)) s"
+    else
+        echo "    $name: FAILED, $((SECONDS - began)) s"
+        failed_steps+=("$name")
+    fi
+}
+
+tests/packages
+
+step formatting 60 cargo fmt --all --check
+step lints 600 cargo clippy --quiet --workspace --all-targets -- -D warnings
+mapfile -t scripts < <(git ls-files | while read -r file; do
+    if [[ -f $file ]] && head -n1 "$file" | grep -qE '^#!.*\b(ba)?sh\b'; then echo "$file"; fi
+done)
+if command -v shellcheck >/dev/null; then
+    step shellcheck 60 shellcheck "${scripts[@]}"
+else
+    echo 'SKIPPED 1 tests of scripts: shellcheck is not installed' | tee -a "$log"
+fi
+
+# What the Linux guests boot. Without it their tests say what is missing.
+step build 600 cargo build --quiet --workspace
+if ! resources/rootfs/build; then echo 'the stock Linux guest cannot be built'; fi
+if ! resources/image/build; then echo 'the Debian image cannot be built'; fi
+
+rm -rf "$target/lab/logs"
+step tests 1000 cargo test --workspace --no-fail-fast
+
+# cargo's own summaries; lines of tests that found nothing to run on, which cargo counts as passed; whole programs that
+# the runner skipped, which it does not.
+sum() { awk -v key="$1" '/^test result:/ { for (i = 2; i <= NF; i++) if ($i == key ";") n += $(i - 1) } END { print n + 0 }' "$log"; }
+gave_up=$(grep -c '^SKIPPED [a-z_]*::' "$log" || true)
+not_run=$(awk '/^SKIPPED [0-9]+ tests of/ { n += $2 } END { print n + 0 }' "$log")
+passed=$(($(sum passed) - gave_up))
+failed=$(sum failed)
+skipped=$(($(sum ignored) + gave_up + not_run))
+
+echo
+grep '^SKIPPED ' "$log" || true
+grep -E '^test .* \.\.\. FAILED$|^.* --- FAILED$' "$log" || true
+if [[ ${#failed_steps[@]} -gt 0 ]]; then
+    printf 'failed: %s\n' "${failed_steps[@]}"
+    # A step that failed without a failed test, such as one that does not compile, counts as one.
+    if [[ $failed -eq 0 ]]; then failed=${#failed_steps[@]}; fi
+    if [[ -d $target/lab/logs ]]; then echo "consoles of failed guests: $target/lab/logs"; fi
+fi
+echo "$passed passed, $failed failed, $skipped skipped"
+[[ $failed -eq 0 ]]

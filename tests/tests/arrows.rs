@@ -1,0 +1,66 @@
+//! The arrows between the crates, as ARCHITECTURE.md draws them: who may depend on whom, and on which library.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use cargo_metadata::{DependencyKind, Metadata, MetadataCommand};
+
+/// Our crates and those of ours that each may use.
+const ARROWS: [(&str, &[&str]); 6] = [
+    ("skiff", &["devices", "boot", "block"]),
+    ("devices", &["block"]),
+    ("block", &[]),
+    ("boot", &[]),
+    ("guest", &[]),
+    ("tests", &["guest"]),
+];
+
+/// Libraries that stand for a subject, and the crates that may know it.
+const SUBJECTS: [(&str, &[&str]); 7] = [
+    ("kvm-ioctls", &["skiff"]),
+    ("kvm-bindings", &["skiff"]),
+    ("clap", &["skiff"]),
+    ("virtio-queue", &["devices"]),
+    ("virtio-bindings", &["devices"]),
+    ("linux-loader", &["boot"]),
+    ("acpi_tables", &["boot"]),
+];
+
+fn metadata() -> Metadata {
+    MetadataCommand::new().no_deps().exec().expect("cargo metadata")
+}
+
+/// The normal dependencies of each crate of the workspace, by name. Tests may look across.
+fn dependencies(metadata: &Metadata) -> BTreeMap<String, BTreeSet<String>> {
+    let normal = |package: &cargo_metadata::Package| {
+        let kept = package.dependencies.iter().filter(|dependency| dependency.kind == DependencyKind::Normal);
+        kept.map(|dependency| dependency.name.clone()).collect()
+    };
+    metadata.workspace_packages().iter().map(|package| (package.name.to_string(), normal(package))).collect()
+}
+
+#[test]
+fn every_crate_is_in_the_picture() {
+    let ours: BTreeSet<_> = dependencies(&metadata()).into_keys().collect();
+    assert_eq!(ours, ARROWS.iter().map(|(name, _)| (*name).to_owned()).collect());
+}
+
+#[test]
+fn arrows_point_one_way() {
+    let all = dependencies(&metadata());
+    for (name, allowed) in ARROWS {
+        for dependency in all[name].iter().filter(|dependency| all.contains_key(*dependency)) {
+            assert!(allowed.contains(&dependency.as_str()), "{name} must not know {dependency}");
+        }
+    }
+}
+
+#[test]
+fn subjects_stay_where_they_belong() {
+    let all = dependencies(&metadata());
+    for (library, allowed) in SUBJECTS {
+        let users: Vec<_> = all.iter().filter(|(_, libraries)| libraries.contains(library)).collect();
+        for (name, _) in users {
+            assert!(allowed.contains(&name.as_str()), "{name} must not know {library}");
+        }
+    }
+}
