@@ -1,10 +1,10 @@
-//! Builds one machine from its configuration and opened resources. After [`VmBuilder::build`] nothing about it changes
+//! Builds one machine from its configuration and opened resources. After [`Board::connect`] nothing about it changes
 //! but what the guest writes. Main thread.
 
 use std::path::Path;
 use std::sync::Arc;
 
-use anyhow::{Context, bail};
+use anyhow::{Context, anyhow, bail};
 use boot::Subject;
 use boot::acpi::{self, AcpiConfig, PortDevice};
 use devices::acpi::{PowerButton, SleepRegisters};
@@ -21,7 +21,7 @@ use devices::virtio::device::VirtioDevice;
 use devices::virtio::pci::VirtioPci;
 use devices::virtio::rng::Rng;
 use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, KVM_PIT_SPEAKER_DUMMY, kvm_enable_cap, kvm_pit_config};
-use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
+use kvm_ioctls::{Cap, Error, Kvm, VcpuFd, VmFd};
 use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
@@ -54,6 +54,34 @@ pub struct Machine {
     _memory: Arc<GuestMemoryMmap>,
 }
 
+/// A machine without its console, which comes last: opening it shows, in an emptied file or a raw terminal, so nothing
+/// that a mistake of the user can prevent may come after it.
+pub struct Board {
+    vcpus: Vec<VcpuFd>,
+    buses: Buses,
+    interrupts: Arc<KvmInterrupts>,
+    power_button: PowerButton,
+    functions: Vec<Arc<VirtioPci>>,
+    exit: Arc<ExitLine>,
+    vm: Arc<VmFd>,
+    memory: Arc<GuestMemoryMmap>,
+}
+
+impl Board {
+    /// The whole machine, with COM1 on `console`.
+    ///
+    /// # Errors
+    /// If the host gives no eventfd.
+    pub fn connect(mut self, console: &mut Console) -> anyhow::Result<Machine> {
+        let serial = add_com1(&mut self.buses, &self.interrupts, console)?;
+        let Self { vcpus, buses, power_button, functions, exit, vm, memory, .. } = self;
+        let buses = Arc::new(buses);
+        let vcpu = |(id, fd)| Vcpu { id, fd, buses: buses.clone(), exit: exit.clone(), memory: memory.clone() };
+        let vcpus = (0..).zip(vcpus).map(vcpu).collect();
+        Ok(Machine { vcpus, serial, power_button, functions, _vm: vm, _memory: memory })
+    }
+}
+
 /// What a machine is built from.
 pub struct VmBuilder<'a> {
     /// `/dev/kvm`, checked.
@@ -67,11 +95,11 @@ pub struct VmBuilder<'a> {
 }
 
 impl VmBuilder<'_> {
-    /// Builds the machine: VM, memory, devices, firmware tables, kernel, vCPUs, in this order.
+    /// Builds all but the console: VM, memory, devices, firmware tables, kernel, vCPUs, in this order.
     ///
     /// # Errors
-    /// One line that names the option and the remedy. Nothing runs then, and no image was touched.
-    pub fn build(&self, console: &mut Console) -> anyhow::Result<Machine> {
+    /// One line that names the option and the remedy. Nothing runs then, and no file was touched.
+    pub fn build(&self) -> anyhow::Result<Board> {
         let supported =
             self.kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).context("KVM does not tell its CPUID leaves")?;
         let layout = Layout::new(self.config.memory.size, cpuid::address_bits(&supported)).with_context(|| {
@@ -86,7 +114,6 @@ impl VmBuilder<'_> {
 
         let interrupts = Arc::new(KvmInterrupts::new(vm.clone(), extended_destination));
         let mut buses = Buses::default();
-        let serial = add_com1(&mut buses, &interrupts, console)?;
         self.add_board(&mut buses);
         let power_button = power_button(&interrupts)?;
         let functions = self.add_pci(&mut buses, &layout, &memory, &interrupts)?;
@@ -99,17 +126,17 @@ impl VmBuilder<'_> {
             tsc_deadline: self.kvm.check_extension(Cap::TscDeadlineTimer),
             extended_destination,
         };
-        let buses = Arc::new(buses);
         let vcpus = (0..self.config.cpus)
-            .map(|id| {
-                let fd = create_vcpu(&vm, id, &topology.leaves(&supported, id))?;
-                if id == 0 {
-                    regs::set(&fd, &loaded.state).context("KVM refuses the registers of the first vCPU")?;
-                }
-                Ok(Vcpu { id, fd, buses: buses.clone(), exit: self.exit.clone(), memory: memory.clone() })
-            })
-            .collect::<anyhow::Result<_>>()?;
-        Ok(Machine { vcpus, serial, power_button, functions, _vm: vm, _memory: memory })
+            .map(|id| create_vcpu(&vm, id, &topology.leaves(&supported, id)))
+            .collect::<anyhow::Result<Vec<_>>>()
+            .map_err(|error| {
+                let no_files = error.root_cause().downcast_ref().is_some_and(|it: &Error| it.errno() == libc::EMFILE);
+                let remedy = if no_files { "; raise the limit of open files (ulimit -n)" } else { "" };
+                anyhow!("--cpus {}: {error:#}{remedy}", self.config.cpus)
+            })?;
+        regs::set(&vcpus[0], &loaded.state).context("KVM refuses the registers of the first vCPU")?;
+        let exit = self.exit.clone();
+        Ok(Board { vcpus, buses, interrupts, power_button, functions, exit, vm, memory })
     }
 
     /// The VM, empty, and whether its MSI destinations may be extended.
@@ -205,8 +232,8 @@ impl VmBuilder<'_> {
             last_bus: 0,
             pci_window_32: layout::PCI_WINDOW_32.start as u32..layout::PCI_WINDOW_32.end as u32,
             pci_window_64: layout.pci_window_64.clone(),
-            serial: Some(PortDevice { port: port::COM1, gsi: gsi::COM1 }),
-            rtc: PortDevice { port: port::RTC, gsi: gsi::RTC },
+            serial: Some(PortDevice { port: port::COM1, gsi: Some(gsi::COM1) }),
+            rtc: PortDevice { port: port::RTC, gsi: None },
             power_button_gsi: gsi::POWER_BUTTON,
             sleep_control: port::ACPI_SLEEP,
             sleep_status: port::ACPI_SLEEP + 1,

@@ -25,6 +25,7 @@ pub struct KvmInterrupts {
     messages: Mutex<BTreeMap<u32, Route>>,
 }
 
+#[derive(Clone, Copy)]
 struct Route {
     message: MsiMessage,
     attached: bool,
@@ -58,17 +59,18 @@ impl KvmInterrupts {
     }
 
     fn message_entry(&self, gsi: u32, message: MsiMessage) -> kvm_irq_routing_entry {
-        let mut low = message.address as u32;
-        let mut high = (message.address >> 32) as u32;
-        if self.extended_destination && high == 0 {
-            // KVM_X2APIC_API takes bits 31:8 of the destination in the upper half of the address.
-            high = (low & 0xfe0) << 3;
-            low &= !0xfe0;
-        }
+        let (low, high) = address_halves(message.address, self.extended_destination);
         let mut u = kvm_irq_routing_entry__bindgen_ty_1::default();
         u.msi = kvm_irq_routing_msi { address_lo: low, address_hi: high, data: message.data, ..Default::default() };
         kvm_irq_routing_entry { gsi, type_: KVM_IRQ_ROUTING_MSI, u, ..Default::default() }
     }
+}
+
+/// A message address as KVM takes it. With `extended_destination` the guest writes bits 14:8 of the destination into bits
+/// 11:5 (KVM_FEATURE_MSI_EXT_DEST_ID), and KVM reads bits 31:8 in the upper half (KVM_CAP_X2APIC_API).
+fn address_halves(address: u64, extended_destination: bool) -> (u32, u32) {
+    let (low, high) = (address as u32, (address >> 32) as u32);
+    if extended_destination && high == 0 { (low & !0xfe0, (low & 0xfe0) << 3) } else { (low, high) }
 }
 
 fn pin_entry(gsi: u32, irqchip: u32, pin: u32) -> kvm_irq_routing_entry {
@@ -80,11 +82,18 @@ fn pin_entry(gsi: u32, irqchip: u32, pin: u32) -> kvm_irq_routing_entry {
 impl MsiRouter for KvmInterrupts {
     fn set(&self, gsi: u32, message: MsiMessage, event: &EventFd) -> io::Result<()> {
         let mut messages = self.messages.lock().unwrap_or_else(PoisonError::into_inner);
-        let known = messages.get(&gsi).is_some_and(|route| route.message == message);
-        let attached = messages.get(&gsi).is_some_and(|route| route.attached);
-        if !known {
+        let before = messages.get(&gsi).copied();
+        let attached = before.is_some_and(|route| route.attached);
+        if before.is_none_or(|route| route.message != message) {
             messages.insert(gsi, Route { message, attached });
-            self.set_table(&messages)?;
+            if let Err(error) = self.set_table(&messages) {
+                // A message that KVM refuses must not be in the table at the next call.
+                match before {
+                    Some(route) => messages.insert(gsi, route),
+                    None => messages.remove(&gsi),
+                };
+                return Err(error);
+            }
         }
         if !attached {
             self.vm.register_irqfd(event, gsi)?;
@@ -110,5 +119,62 @@ impl Doorbells for KvmInterrupts {
 
     fn detach(&self, address: u64, event: &EventFd) -> io::Result<()> {
         Ok(self.vm.unregister_ioevent(event, &IoEventAddress::Mmio(address), NoDatamatch)?)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+
+    use super::*;
+    use vmm_sys_util::eventfd::EFD_NONBLOCK;
+
+    const TO_APIC_0: MsiMessage = MsiMessage { address: 0xfee0_0000, data: 0x41 };
+
+    /// Over a VM of this host's KVM; `None`, said loudly, where there is none.
+    fn interrupts() -> Option<KvmInterrupts> {
+        let kvm = match crate::kvm::open() {
+            Ok(kvm) => kvm,
+            Err(error) => {
+                let _ = writeln!(std::io::stderr(), "SKIPPED irq::tests: {error}");
+                return None;
+            }
+        };
+        let vm = kvm.create_vm().unwrap();
+        vm.create_irq_chip().unwrap();
+        Some(KvmInterrupts::new(Arc::new(vm), false))
+    }
+
+    #[test]
+    fn destinations_of_more_than_8_bits_move_to_the_upper_half() {
+        // Destination 0x3421: its low byte in bits 19:12, 0x34 in bits 11:5.
+        let address = 0xfee0_0000 | 0x21 << 12 | 0x34 << 5;
+        assert_eq!(address_halves(address, true), (0xfee2_1000, 0x3400));
+        assert_eq!(address_halves(address, false), (address as u32, 0));
+        assert_eq!(address_halves(0x1_fee2_1000, true), (0xfee2_1000, 1), "what the guest put there stays");
+    }
+
+    #[test]
+    fn a_message_that_kvm_refuses_leaves_the_others_as_they_were() {
+        let Some(interrupts) = interrupts() else { return };
+        let (good, bad) = (EventFd::new(EFD_NONBLOCK).unwrap(), EventFd::new(EFD_NONBLOCK).unwrap());
+        // KVM_MAX_IRQ_ROUTES is 4096 (api.rst, KVM_SET_GSI_ROUTING): a GSI past it is refused.
+        interrupts.set(5000, TO_APIC_0, &bad).unwrap_err();
+        interrupts.set(24, TO_APIC_0, &good).unwrap();
+        interrupts.set(5000, TO_APIC_0, &bad).unwrap_err();
+    }
+
+    #[test]
+    fn a_message_is_set_replaced_and_cleared_as_often_as_the_guest_likes() {
+        let Some(interrupts) = interrupts() else { return };
+        let event = EventFd::new(EFD_NONBLOCK).unwrap();
+        for data in [0x41, 0x41, 0x42] {
+            interrupts.set(24, MsiMessage { data, ..TO_APIC_0 }, &event).unwrap();
+        }
+        for _ in 0..3 {
+            interrupts.clear(24, &event).unwrap();
+            interrupts.clear(24, &event).unwrap();
+            interrupts.set(24, TO_APIC_0, &event).unwrap();
+        }
     }
 }

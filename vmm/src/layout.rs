@@ -68,8 +68,6 @@ pub mod gsi {
     pub const COM1: u32 = 4;
     /// The ACPI generic event device: the power button.
     pub const POWER_BUTTON: u32 = 5;
-    /// The real-time clock.
-    pub const RTC: u32 = 8;
     /// Pins of the I/O APIC; message-signalled interrupts take the numbers from here on.
     pub const IOAPIC_PINS: u32 = 24;
 }

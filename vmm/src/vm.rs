@@ -2,9 +2,10 @@
 //! reboots, and put everything down in order. All of it on the main thread.
 
 use std::cell::RefCell;
-use std::fs::File;
-use std::io::{ErrorKind, Read};
+use std::fs::{File, Metadata};
+use std::io::{self, ErrorKind, Read};
 use std::os::fd::AsRawFd;
+use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::rc::Rc;
@@ -12,14 +13,14 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
-use anyhow::Context;
+use anyhow::{Context, bail};
 use block::disk::Disk;
 use devices::acpi::PowerButton;
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
-use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM};
 
 use crate::builder::{Machine, VmBuilder};
-use crate::config::{OnReboot, VmConfig};
+use crate::config::{OnReboot, SerialConfig, VmConfig};
 use crate::console::{Console, ConsoleAction};
 use crate::exit::{ExitLine, ExitReason};
 use crate::kvm;
@@ -51,8 +52,23 @@ impl Resources {
                 opened.map(Arc::new).context("--disk")
             })
             .collect::<anyhow::Result<_>>()?;
+        check_console_file(config)?;
         Ok(Self { kernel, initrd, disks })
     }
+}
+
+/// The console empties its file, which must not be one that the machine is made of, by whatever name.
+fn check_console_file(config: &VmConfig) -> anyhow::Result<()> {
+    let SerialConfig::File(console) = &config.serial else { return Ok(()) };
+    let identity = |path: &Path| path.metadata().ok().filter(Metadata::is_file).map(|file| (file.dev(), file.ino()));
+    let images = [&config.kernel].into_iter().chain(&config.initrd).chain(config.disks.iter().map(|disk| &disk.path));
+    for image in images {
+        if identity(console).is_some_and(|file| identity(image) == Some(file)) {
+            let (console, image) = (console.display(), image.display());
+            bail!("--serial file={console}: this is {image}, which the machine is made of; name another file");
+        }
+    }
+    Ok(())
 }
 
 fn open(option: &str, path: &Path) -> anyhow::Result<File> {
@@ -77,11 +93,16 @@ pub fn run(config: &VmConfig) -> anyhow::Result<ExitReason> {
     let kvm = kvm::open()?;
     let resources = Resources::open(config)?;
     let exit = Arc::new(ExitLine::new().context("no eventfd")?);
-    let mut control = Control::new(config, &exit)?;
+    let mut control = None;
     loop {
-        let builder = VmBuilder { kvm: &kvm, config, resources: &resources, exit: &exit };
-        let machine = builder.build(&mut control.console.borrow_mut())?;
-        let reason = run_machine(machine, &mut control)?;
+        let board = VmBuilder { kvm: &kvm, config, resources: &resources, exit: &exit }.build()?;
+        let control = match &mut control {
+            Some(control) => control,
+            // Not before the first board: until then a signal just ends us, and the console is as it was.
+            none => none.insert(Control::new(config, &exit)?),
+        };
+        let machine = board.connect(&mut control.console.borrow_mut())?;
+        let reason = run_machine(machine, control)?;
         let restart = reason == ExitReason::Reset && config.on_reboot == OnReboot::Restart && !control.is_stopping();
         if !restart {
             return Ok(reason);
@@ -113,19 +134,20 @@ struct Control {
     console: Rc<RefCell<Console>>,
     exit: Arc<ExitLine>,
     grace: Duration,
+    /// Requests to stop since they were last looked at.
     stops: Arc<AtomicU32>,
+    /// The same, of a terminal that hangs up. The shell and the kernel both say it, so it is no second request.
+    hang_ups: Arc<AtomicU32>,
     deadline: Option<Instant>,
 }
 
 impl Control {
     fn new(config: &VmConfig, exit: &Arc<ExitLine>) -> anyhow::Result<Self> {
-        let stops = Arc::new(AtomicU32::new(0));
-        let (receiver, sender) = UnixStream::pair().context("no socket pair for signals")?;
-        receiver.set_nonblocking(true).context("signals")?;
-        for signal in [SIGTERM, SIGINT, SIGHUP] {
-            let sender = sender.try_clone().context("signals")?;
-            signal_hook::low_level::pipe::register(signal, sender).context("signals")?;
-        }
+        let (stops, hang_ups) = (Arc::new(AtomicU32::new(0)), Arc::new(AtomicU32::new(0)));
+        let stop_signals = Signals::new(&[SIGTERM, SIGINT, SIGQUIT], &stops).context("signals")?;
+        // nohup(1) asks us not to mind.
+        let minded: &[i32] = if is_ignored(SIGHUP) { &[] } else { &[SIGHUP] };
+        let hang_up_signals = Signals::new(minded, &hang_ups).context("signals")?;
         let (quit, button) = (exit.clone(), stops.clone());
         let console = Console::open(&config.serial, move |action| match action {
             ConsoleAction::Quit => quit.raise(ExitReason::Quit),
@@ -133,10 +155,11 @@ impl Control {
         })?;
         let console = Rc::new(RefCell::new(console));
         let mut events = EventManager::<Rc<RefCell<dyn MutEventSubscriber>>>::new().context("no epoll")?;
-        events.add_subscriber(Rc::new(RefCell::new(Signals { receiver, stops: stops.clone() })));
+        events.add_subscriber(Rc::new(RefCell::new(stop_signals)));
+        events.add_subscriber(Rc::new(RefCell::new(hang_up_signals)));
         events.add_subscriber(Rc::new(RefCell::new(Ended(exit.clone()))));
         events.add_subscriber(console.clone());
-        Ok(Self { events, console, exit: exit.clone(), grace: config.grace, stops, deadline: None })
+        Ok(Self { events, console, exit: exit.clone(), grace: config.grace, stops, hang_ups, deadline: None })
     }
 
     /// Handles events until the end of the machine is announced. The first request to stop presses the power button;
@@ -147,7 +170,8 @@ impl Control {
                 i32::try_from(deadline.saturating_duration_since(Instant::now()).as_millis() + 1).unwrap_or(i32::MAX)
             });
             self.events.run_with_timeout(patience).context("epoll")?;
-            for _ in 0..self.stops.swap(0, Ordering::Relaxed) {
+            let hung_up = self.hang_ups.swap(0, Ordering::Relaxed) > 0 && self.deadline.is_none();
+            for _ in 0..self.stops.swap(0, Ordering::Relaxed).max(hung_up.into()) {
                 if self.deadline.is_none() {
                     tracing::info!("power button pressed; the guest has {} s to power off", self.grace.as_secs());
                     power_button.press().context("the power button")?;
@@ -169,10 +193,29 @@ impl Control {
     }
 }
 
-/// SIGTERM, SIGINT and SIGHUP, as bytes in a socket.
+/// Signals, as bytes in a socket.
 struct Signals {
     receiver: UnixStream,
-    stops: Arc<AtomicU32>,
+    count: Arc<AtomicU32>,
+}
+
+impl Signals {
+    /// From now on `signals` are added to `count`, for the rest of the life of the process.
+    fn new(signals: &[i32], count: &Arc<AtomicU32>) -> io::Result<Self> {
+        let (receiver, sender) = UnixStream::pair()?;
+        receiver.set_nonblocking(true)?;
+        for signal in signals {
+            signal_hook::low_level::pipe::register(*signal, sender.try_clone()?)?;
+        }
+        Ok(Self { receiver, count: count.clone() })
+    }
+}
+
+/// Whether whoever started us had `signal` ignored: SigIgn in proc_pid_status(5), bit 0 for signal 1.
+fn is_ignored(signal: i32) -> bool {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let mask = status.lines().find_map(|line| u64::from_str_radix(line.strip_prefix("SigIgn:")?.trim(), 16).ok());
+    mask.is_some_and(|mask| mask >> (signal - 1) & 1 == 1)
 }
 
 impl MutEventSubscriber for Signals {
@@ -183,7 +226,7 @@ impl MutEventSubscriber for Signals {
     fn process(&mut self, _events: Events, _ops: &mut EventOps) {
         let mut signals = [0; 16];
         if let Ok(count) = self.receiver.read(&mut signals) {
-            self.stops.fetch_add(count as u32, Ordering::Relaxed);
+            self.count.fetch_add(count as u32, Ordering::Relaxed);
         }
     }
 }

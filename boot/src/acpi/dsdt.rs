@@ -87,14 +87,12 @@ fn motherboard(config: &AcpiConfig, aml: &mut Vec<u8>) {
 /// A device at `ports` I/O ports with one interrupt.
 fn port_device(device: &str, id: &str, at: PortDevice, ports: u8, aml: &mut Vec<u8>) {
     let io = IO::new(at.port, at.port, 1, ports);
-    let interrupt = Interrupt::new(true, true, false, false, at.gsi);
+    let interrupt = at.gsi.map(|gsi| Interrupt::new(true, true, false, false, gsi));
+    let mut resources: Vec<&dyn Aml> = vec![&io];
+    resources.extend(interrupt.iter().map(|interrupt| interrupt as &dyn Aml));
     system_bus(
         device,
-        vec![
-            &name("_HID", &EISAName::new(id)),
-            &name("_UID", &0u8),
-            &name("_CRS", &ResourceTemplate::new(vec![&io, &interrupt])),
-        ],
+        vec![&name("_HID", &EISAName::new(id)), &name("_UID", &0u8), &name("_CRS", &ResourceTemplate::new(resources))],
         aml,
     );
 }

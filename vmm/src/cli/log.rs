@@ -2,7 +2,7 @@
 //! any.
 
 use std::fmt;
-use std::fs::OpenOptions;
+use std::fs::{File, OpenOptions};
 use std::io::{self, IsTerminal, Write};
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -51,7 +51,8 @@ impl LogArgs {
             let path = path.display();
             Failure::Usage(format!("--log-file {path}: {error}; name a file that can be written"))
         })?;
-        log.event_format(Line { dated: true }).with_writer(Arc::new(file)).init();
+        let file = Arc::new(file);
+        log.event_format(Line { dated: true }).with_writer(move || LogFile(file.clone())).init();
         Ok(())
     }
 }
@@ -59,7 +60,6 @@ impl LogArgs {
 /// Writes the reason of a failure to stderr, whatever the log goes to: one line, whatever `line` contains.
 pub(super) fn last_line(line: &str) {
     let line: String = line.chars().map(|letter| if letter.is_control() { ' ' } else { letter }).collect();
-    // There is nobody left to tell that stderr is closed.
     let _ = writeln!(Stderr::here(), "skiff: {line}");
 }
 
@@ -105,10 +105,25 @@ impl Stderr {
 }
 
 impl Write for Stderr {
+    /// Never fails: a machine goes on when its terminal hangs up, and there is nobody left to tell.
     fn write(&mut self, text: &[u8]) -> io::Result<usize> {
         // In one piece, so that lines of several threads do not mix.
         let returned = if self.terminal { carriage_returned(text) } else { text.to_vec() };
-        io::stderr().lock().write_all(&returned)?;
+        let _ = io::stderr().lock().write_all(&returned);
+        Ok(text.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// The file of `--log-file`. What it does not take, because the disk is full, goes to stderr.
+struct LogFile(Arc<File>);
+
+impl Write for LogFile {
+    fn write(&mut self, text: &[u8]) -> io::Result<usize> {
+        (&*self.0).write_all(text).or_else(|_| Stderr::here().write_all(text))?;
         Ok(text.len())
     }
 

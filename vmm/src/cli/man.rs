@@ -85,6 +85,8 @@ fn sections(text: &str) -> String {
 
 #[cfg(test)]
 mod tests {
+    use std::io::Write as _;
+
     use super::*;
     use std::process::{Command as Process, Stdio};
 
@@ -116,7 +118,7 @@ mod tests {
             groff.args(["-man", "-Tutf8", "-ww", "-z"]).arg(path).stdout(Stdio::null());
             let checked = match groff.output() {
                 Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                    eprintln!("SKIPPED: groff is not installed");
+                    let _ = writeln!(std::io::stderr(), "SKIPPED man::tests: groff is not installed");
                     return;
                 }
                 other => other.unwrap(),

@@ -1,0 +1,177 @@
+//! Machines from outside, with kernels of a few instructions: what the process does beside running its guest.
+
+use std::fs;
+use std::io::{Read, Write};
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::process::{Child, Command, Stdio};
+
+use tempfile::TempDir;
+
+/// `mov al, 1; mov dx, 0x505; out dx, al`, and wait: a panic told through pvpanic, exit code 4.
+const PANIC: &[u8] = &[0xb0, 0x01, 0x66, 0xba, 0x05, 0x05, 0xee, 0xf4, 0xeb, 0xfd];
+
+/// Writes '>' to COM1, waits until it has input, and writes 0x10 to the debug exit port: exit code 33.
+const WAIT: &[u8] = &[
+    0x66, 0xba, 0xfc, 0x03, 0xb0, 0x02, 0xee, // mov dx, 0x3fc; mov al, 2; out dx, al: ready to receive (RTS)
+    0x66, 0xba, 0xf8, 0x03, 0xb0, b'>', 0xee, // mov dx, 0x3f8; mov al, '>'; out dx, al
+    0x66, 0xba, 0xfd, 0x03, 0xec, 0xa8, 0x01, 0x74, 0xfb, // mov dx, 0x3fd; in al, dx; test al, 1; jz to the in
+    0x66, 0xba, 0x01, 0x05, 0xb0, 0x10, 0xee, 0xf4, // mov dx, 0x501; mov al, 0x10; out dx, al; hlt
+];
+
+/// An ELF kernel of `code` with a PVH note, both at 1 MiB (System V ABI, ELF-64; Xen: public/elfnote.h).
+fn kernel(code: &[u8]) -> Vec<u8> {
+    const ADDRESS: u64 = 0x10_0000;
+    const CODE: u64 = 64 + 2 * 56;
+    let note = [4, 4, 18, u32::from_le_bytes(*b"Xen\0"), ADDRESS as u32].map(u32::to_le_bytes).concat();
+    let mut image = b"\x7fELF\x02\x01\x01".to_vec();
+    image.resize(16, 0);
+    image.extend([2u16, 62].map(u16::to_le_bytes).concat());
+    image.extend(1u32.to_le_bytes());
+    image.extend([ADDRESS, 64, 0].map(u64::to_le_bytes).concat());
+    image.extend(0u32.to_le_bytes());
+    image.extend([64u16, 56, 2, 0, 0, 0].map(u16::to_le_bytes).concat());
+    let len = code.len() as u64;
+    for (kind, offset, address, len) in [(1u32, CODE, ADDRESS, len), (4, CODE + len, 0, note.len() as u64)] {
+        image.extend([kind, 7].map(u32::to_le_bytes).concat());
+        image.extend([offset, address, address, len, len, 4].map(u64::to_le_bytes).concat());
+    }
+    [&image, code, &note].concat()
+}
+
+/// `skiff run` with a kernel of `code`, without input; nothing where there is no KVM.
+fn machine(folder: &TempDir, code: &[u8]) -> Option<Command> {
+    if let Err(error) = fs::File::options().read(true).write(true).open("/dev/kvm") {
+        // Past the capture of the test runner.
+        let _ = writeln!(std::io::stderr(), "SKIPPED vmm/tests/machine.rs: /dev/kvm: {error}");
+        return None;
+    }
+    let path = folder.path().join("kernel.elf");
+    fs::write(&path, kernel(code)).unwrap();
+    let mut command = Command::new(env!("CARGO_BIN_EXE_skiff"));
+    command.arg("run").arg("--kernel").arg(path).args(["--memory", "64M"]);
+    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+    Some(command)
+}
+
+/// An output whose reader is gone.
+fn nobody() -> Stdio {
+    OwnedFd::from(UnixStream::pair().unwrap().0).into()
+}
+
+#[test]
+fn a_message_that_nobody_takes_does_no_harm() {
+    let folder = tempfile::tempdir().unwrap();
+    let Some(mut command) = machine(&folder, PANIC) else { return };
+    assert_eq!(command.stderr(nobody()).status().unwrap().code(), Some(4), "a closed stderr");
+    command.args(["--log-file", "/dev/full"]);
+    assert_eq!(command.status().unwrap().code(), Some(4), "a full log file, a closed stderr");
+}
+
+#[test]
+fn a_start_that_fails_leaves_the_file_of_the_console_alone() {
+    let folder = tempfile::tempdir().unwrap();
+    let Some(mut command) = machine(&folder, PANIC) else { return };
+    let old = folder.path().join("old.log");
+    fs::write(&old, "what the last machine said").unwrap();
+    command.arg("--serial").arg(format!("file={}", old.display())).arg("--initrd").arg("/dev/null");
+    assert_eq!(command.status().unwrap().code(), Some(1));
+    assert_eq!(fs::read_to_string(&old).unwrap(), "what the last machine said");
+
+    let Some(mut command) = machine(&folder, PANIC) else { return };
+    let new = folder.path().join("new.log");
+    command.arg("--serial").arg(format!("file={}", new.display())).args(["--cpus", "1000000"]);
+    assert_eq!(command.status().unwrap().code(), Some(1));
+    assert!(!new.exists());
+}
+
+#[test]
+fn the_console_does_not_overwrite_a_file_of_the_machine() {
+    let folder = tempfile::tempdir().unwrap();
+    let image = folder.path().join("disk.img");
+    let other_name = folder.path().join("console.log");
+    fs::write(&image, [7; 512]).unwrap();
+    fs::hard_link(&image, &other_name).unwrap();
+    for target in [image.clone(), other_name, folder.path().join("kernel.elf")] {
+        let Some(mut command) = machine(&folder, PANIC) else { return };
+        command.args(["--disk", image.to_str().unwrap()]).arg("--serial").arg(format!("file={}", target.display()));
+        let output = command.stderr(Stdio::piped()).output().unwrap();
+        assert_eq!(output.status.code(), Some(1), "{}", target.display());
+        let line = String::from_utf8(output.stderr).unwrap();
+        assert!(line.starts_with(&format!("skiff: --serial file={}: ", target.display())), "{line}");
+        assert_eq!(fs::read(&image).unwrap(), [7; 512]);
+        assert_ne!(fs::read(folder.path().join("kernel.elf")).unwrap(), b"");
+    }
+}
+
+/// Starts [`WAIT`], and waits until the guest runs. Its input is still to come.
+fn waiting(mut command: Command) -> Child {
+    let mut child = command.arg("--debug-exit").stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+    let mut prompt = [0];
+    child.stdout.as_mut().unwrap().read_exact(&mut prompt).unwrap();
+    assert_eq!(prompt, *b">");
+    child
+}
+
+/// A mask of signals in /proc/PID/status (proc(5)) as kill(1) numbers them, from bit 0 for signal 1.
+fn signals(child: &Child, mask: &str) -> u64 {
+    let status = fs::read_to_string(format!("/proc/{}/status", child.id())).unwrap();
+    let line = status.lines().find_map(|line| line.strip_prefix(mask)).unwrap();
+    u64::from_str_radix(line.trim_start_matches(':').trim(), 16).unwrap()
+}
+
+fn send(child: &Child, signal: &str) {
+    assert!(Command::new("kill").args(["-s", signal, &child.id().to_string()]).status().unwrap().success());
+    while signals(child, "ShdPnd") != 0 {
+        std::thread::yield_now();
+    }
+}
+
+#[test]
+fn every_signal_of_a_terminal_stops_in_order() {
+    for signal in ["INT", "TERM", "HUP", "QUIT"] {
+        let folder = tempfile::tempdir().unwrap();
+        let Some(mut command) = machine(&folder, WAIT) else { return };
+        command.args(["--grace", "0"]);
+        let mut child = waiting(command);
+        send(&child, signal);
+        assert_eq!(child.wait().unwrap().code(), Some(10), "{signal}");
+    }
+}
+
+#[test]
+fn hang_ups_are_no_second_request() {
+    let folder = tempfile::tempdir().unwrap();
+    let Some(command) = machine(&folder, WAIT) else { return };
+    let mut child = waiting(command);
+    for signal in ["HUP", "HUP", "HUP"] {
+        send(&child, signal);
+    }
+    child.stdin.as_mut().unwrap().write_all(b"x").unwrap();
+    assert_eq!(child.wait().unwrap().code(), Some(33));
+}
+
+#[test]
+fn a_hang_up_that_is_ignored_stays_ignored() {
+    let folder = tempfile::tempdir().unwrap();
+    let Some(command) = machine(&folder, WAIT) else { return };
+    let mut nohup = Command::new("nohup");
+    nohup.arg(command.get_program()).args(command.get_args()).stderr(Stdio::null());
+    let mut child = waiting(nohup);
+    assert_eq!(signals(&child, "SigIgn") & 1, 1);
+    child.stdin.as_mut().unwrap().write_all(b"x").unwrap();
+    assert_eq!(child.wait().unwrap().code(), Some(33));
+}
+
+#[test]
+fn too_few_open_files_for_the_cpus_has_its_remedy() {
+    let folder = tempfile::tempdir().unwrap();
+    let Some(command) = machine(&folder, PANIC) else { return };
+    let mut limited = Command::new("sh");
+    limited.args(["-c", "ulimit -n 50; exec \"$@\"", "sh"]).arg(command.get_program()).args(command.get_args());
+    let output = limited.args(["--cpus", "64"]).output().unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    let line = String::from_utf8(output.stderr).unwrap();
+    assert!(line.starts_with("skiff: --cpus 64: ") && line.contains("ulimit -n"), "{line}");
+    assert_eq!(line.lines().count(), 1, "{line}");
+}
