@@ -29,6 +29,7 @@ tests/packages
 
 step formatting 60 cargo fmt --all --check
 step lints 600 cargo clippy --quiet --workspace --all-targets -- -D warnings
+step "lints of the bare-metal guest" 300 cargo clippy --quiet --package guest --all-targets --features bare-metal -- -D warnings
 mapfile -t scripts < <(git ls-files | while read -r file; do
     if [[ -f $file ]] && head -n1 "$file" | grep -qE '^#!.*\b(ba)?sh\b'; then echo "$file"; fi
 done)
