@@ -14,9 +14,13 @@ use thiserror::Error;
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{
     Address, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap,
+    MmapRegion,
 };
 
 use crate::config::{MemoryConfig, format_size};
+
+/// The huge page of x86-64 that KVM maps guest memory with where it can.
+const HUGE_PAGE: usize = 2 << 20;
 
 /// Why the guest has no memory.
 #[derive(Debug, Error)]
@@ -68,20 +72,67 @@ pub fn map(config: &MemoryConfig, ranges: &[Range<u64>]) -> Result<Arc<GuestMemo
             // Without a reservation a missing huge page would kill the guest later, with SIGBUS.
             flags = (flags & !libc::MAP_NORESERVE) | libc::MAP_HUGETLB | libc::MAP_HUGE_2MB;
         }
-        let mut builder = MmapRegionBuilder::new(len).with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE);
-        builder = match &file {
-            Some(file) => builder
-                .with_mmap_flags(flags & !(libc::MAP_HUGETLB | libc::MAP_HUGE_2MB))
-                .with_file_offset(FileOffset::from_arc(file.clone(), offset)),
-            None => builder.with_mmap_flags(flags | libc::MAP_ANONYMOUS),
+        let build = || {
+            let builder = MmapRegionBuilder::new(len).with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE);
+            let builder = match &file {
+                Some(file) => builder
+                    .with_mmap_flags(flags & !(libc::MAP_HUGETLB | libc::MAP_HUGE_2MB))
+                    .with_file_offset(FileOffset::from_arc(file.clone(), offset)),
+                None => builder.with_mmap_flags(flags | libc::MAP_ANONYMOUS),
+            };
+            builder.build().map_err(|error| failed(io::Error::other(error)))
         };
-        let region = builder.build().map_err(|error| failed(io::Error::other(error)))?;
+        let region = aligned(build)?;
         let region = GuestRegionMmap::new(region, GuestAddress(range.start)).expect("the layout ends below 2^64");
         advise(&region, config).map_err(failed)?;
         regions.push(region);
         offset += len as u64;
     }
     Ok(Arc::new(GuestMemoryMmap::from_regions(regions).expect("the layout is ascending and has no overlap")))
+}
+
+/// Maps with `build` until the mapping starts at a multiple of 2 MiB, as every range of guest addresses does: only then
+/// can KVM map huge pages. A kernel before 6.7 leaves the address to chance, a later one if the length is no multiple.
+///
+/// A mapping goes to the top of the highest gap that has the room, so a pad there moves the next attempt down.
+fn aligned<E>(build: impl Fn() -> Result<MmapRegion, E>) -> Result<MmapRegion, E> {
+    const ATTEMPTS: usize = 4;
+    let mut pads = Vec::new();
+    let mut region = build()?;
+    for _ in 0..ATTEMPTS {
+        let excess = region.as_ptr() as usize % HUGE_PAGE;
+        if excess == 0 {
+            break;
+        }
+        let end = region.as_ptr() as usize + region.size();
+        drop(region);
+        pads.extend(Pad::new(end - excess, excess));
+        region = build()?;
+    }
+    Ok(region)
+}
+
+/// Addresses that the next mapping shall not have.
+struct Pad {
+    start: *mut libc::c_void,
+    len: usize,
+}
+
+impl Pad {
+    /// None if something else lies there by now.
+    fn new(start: usize, len: usize) -> Option<Self> {
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE | libc::MAP_FIXED_NOREPLACE;
+        // SAFETY: a mapping of its own that replaces no other.
+        let start = unsafe { libc::mmap(start as *mut libc::c_void, len, libc::PROT_NONE, flags, -1, 0) };
+        (start != libc::MAP_FAILED).then_some(Self { start, len })
+    }
+}
+
+impl Drop for Pad {
+    fn drop(&mut self) {
+        // SAFETY: exactly the mapping made above, which nobody was given.
+        unsafe { libc::munmap(self.start, self.len) };
+    }
 }
 
 /// A file of memory that other processes can map.
@@ -158,6 +209,17 @@ mod tests {
             }
             let has_file = memory.iter().all(|region| region.file_offset().is_some());
             assert_eq!(has_file, shared);
+        }
+    }
+
+    #[test]
+    fn memory_is_aligned_to_huge_pages_wherever_the_gap_ends() {
+        // Small mappings in between move the end of the gap that the next memory goes to, and so does the odd size.
+        let mut held = Vec::new();
+        for pages in 0..20 {
+            let memory = map(&config(pages % 2 == 1, false), std::slice::from_ref(&(0..(32 << 20) + 4096))).unwrap();
+            assert_eq!(memory.iter().next().unwrap().as_ptr() as usize % HUGE_PAGE, 0);
+            held.push((memory, MmapRegion::<()>::new(4096 * (pages + 1)).unwrap()));
         }
     }
 
