@@ -12,6 +12,7 @@ mod report;
 mod trace;
 
 use std::path::PathBuf;
+use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, bail};
@@ -80,6 +81,8 @@ fn main() -> anyhow::Result<()> {
     if options.profile {
         return profile(&machines, &guests);
     }
+    // Of a program just built, pages that are not written back yet would count as private and dirty.
+    Command::new("sync").status().context("sync")?;
     measure(&options, &machines, &guests, &mut report)?;
     if options.json {
         return report.print_json();

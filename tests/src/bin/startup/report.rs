@@ -2,7 +2,7 @@
 //! each round's pair.
 #![expect(clippy::cast_precision_loss, reason = "KiB and counts of exits stay far below 2^52")]
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
@@ -83,38 +83,7 @@ impl Report {
 
     pub(crate) fn print_tables(&self) {
         for (guest, samples) in &self.samples {
-            let rounds = samples.values().map(Vec::len).max().unwrap_or(0);
-            let title = match guest {
-                Kind::Bare => "a guest of three instructions",
-                Kind::Linux => "a stock Linux kernel",
-            };
-            println!("guest {guest}: {title}; {rounds} rounds: median (smallest-largest)");
-            self.print_heads();
-            let reached = match guest {
-                Kind::Bare => "exec to first output, ms",
-                Kind::Linux => "exec to init, ms",
-            };
-            let idle = format!("idle CPU over {} s, % of a core", self.idle_seconds);
-            self.print_row(samples, reached, 1, |sample| Some(sample.reached.as_secs_f64() * 1e3));
-            self.print_row(samples, "resident beyond guest memory, KiB", 0, |sample| {
-                Some(sample.idle?.memory.resident as f64)
-            });
-            self.print_row(samples, "private dirty beyond guest memory, KiB", 0, |sample| {
-                Some(sample.idle?.memory.private_dirty as f64)
-            });
-            self.print_row(samples, &idle, 2, |sample| Some(sample.idle?.cpu * 100.0));
-            let mut counters: Vec<_> = samples.values().flatten().flat_map(|sample| sample.exits.keys()).collect();
-            counters.sort();
-            counters.dedup();
-            for counter in &counters {
-                self.print_row(samples, &format!("KVM {counter}"), 0, |sample| {
-                    Some(sample.exits.get(*counter).copied().unwrap_or(0) as f64)
-                });
-            }
-            if counters.is_empty() {
-                println!("skipped: KVM's counters: /sys/kernel/debug/kvm has none that can be read (mounted? root?)");
-            }
-            println!();
+            self.print_guest(*guest, samples);
         }
         println!("stripped program, KiB");
         for (name, size) in &self.binary_size {
@@ -123,6 +92,35 @@ impl Report {
         for skipped in &self.skipped {
             println!("skipped: {skipped}");
         }
+    }
+
+    fn print_guest(&self, guest: Kind, samples: &BTreeMap<Name, Vec<Sample>>) {
+        let rounds = samples.values().map(Vec::len).max().unwrap_or(0);
+        let (title, reached) = match guest {
+            Kind::Bare => ("a guest of a few instructions", "exec to first output, ms"),
+            Kind::Linux => ("a stock Linux kernel", "exec to init, ms"),
+        };
+        println!("guest {guest}: {title}; {rounds} rounds: median (smallest-largest)");
+        self.print_heads();
+        let memory = |sample: &Sample| Some(sample.idle?.memory);
+        self.print_row(samples, reached, 1, |sample| Some(sample.reached.as_secs_f64() * 1e3));
+        self.print_row(samples, "resident beyond guest memory, KiB", 0, |sample| Some(memory(sample)?.resident as f64));
+        self.print_row(samples, "private dirty beyond guest memory, KiB", 0, |sample| {
+            Some(memory(sample)?.private_dirty as f64)
+        });
+        let idle = format!("idle CPU over {} s, % of a core", self.idle_seconds);
+        self.print_row(samples, &idle, 2, |sample| Some(sample.idle?.cpu * 100.0));
+
+        let counters: BTreeSet<_> = samples.values().flatten().flat_map(|sample| sample.exits.keys()).collect();
+        for counter in &counters {
+            self.print_row(samples, &format!("KVM {counter}"), 0, |sample| {
+                Some(sample.exits.get(*counter).copied().unwrap_or(0) as f64)
+            });
+        }
+        if counters.is_empty() {
+            println!("skipped: KVM's counters: /sys/kernel/debug/kvm has none that can be read (mounted? root?)");
+        }
+        println!();
     }
 
     fn print_heads(&self) {
