@@ -13,13 +13,14 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
+use block::direct::Alignment;
 use block::disk::Disk;
 use devices::acpi::PowerButton;
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM};
 
 use crate::builder::{Machine, VmBuilder};
-use crate::config::{OnReboot, VmConfig};
+use crate::config::{DiskConfig, OnReboot, VmConfig};
 use crate::console::{Console, ConsoleAction};
 use crate::exit::{ExitLine, ExitReason};
 use crate::kvm;
@@ -43,16 +44,21 @@ impl Resources {
     pub fn open(config: &VmConfig) -> anyhow::Result<Self> {
         let kernel = open("--kernel", &config.kernel)?;
         let initrd = config.initrd.as_deref().map(|path| open("--initrd", path)).transpose()?;
-        let disks = config
-            .disks
-            .iter()
-            .map(|disk| {
-                let opened = Disk::open(&disk.path, disk.readonly, &disk.id);
-                opened.map(Arc::new).context("--disk")
-            })
-            .collect::<anyhow::Result<_>>()?;
+        let disks = config.disks.iter().map(|disk| open_disk(disk).context("--disk")).collect::<anyhow::Result<_>>()?;
         Ok(Self { kernel, initrd, disks })
     }
+}
+
+fn open_disk(config: &DiskConfig) -> anyhow::Result<Arc<Disk>> {
+    config.aio.probe().with_context(|| config.path.display().to_string())?;
+    let disk = Disk::open(&config.path, config.readonly, config.cache, &config.id)?;
+    let how = match disk.alignment() {
+        Alignment::NONE => "the page cache".to_owned(),
+        Alignment { block, .. } => format!("O_DIRECT, in blocks of {block} bytes"),
+    };
+    let (id, path) = (disk.id(), config.path.display());
+    tracing::info!("disk {id}: {path}: aio={}, cache={} ({how})", config.aio.name(), config.cache.name());
+    Ok(Arc::new(disk))
 }
 
 fn open(option: &str, path: &Path) -> anyhow::Result<File> {
