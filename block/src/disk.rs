@@ -5,6 +5,8 @@ use std::fs::{File, FileType, OpenOptions};
 use std::io::{self, ErrorKind, Seek, SeekFrom};
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::Duration;
 
 use thiserror::Error;
 
@@ -15,6 +17,13 @@ use crate::ranges::Ranges;
 
 /// The unit of [`Disk::size`] and of virtio-blk addresses, in bytes.
 pub const SECTOR_SIZE: u64 = 512;
+
+/// How long the kernel may keep the lock of a process that was killed, in milliseconds: an io_uring of it is taken apart
+/// later than its descriptors. Nobody can be named as the holder then.
+const LINGERING: u32 = 1000;
+
+/// Milliseconds between two attempts to take such a lock.
+const PAUSE: u32 = 5;
 
 /// Why an image cannot be used. Each is one line that names the file and a remedy.
 #[derive(Debug, Error)]
@@ -250,12 +259,21 @@ fn image_size(mut file: &File) -> io::Result<u64> {
 }
 
 fn lock_image(file: &File, path: &Path, readonly: bool) -> Result<(), DiskError> {
-    match lock::try_lock(file, !readonly) {
-        Ok(true) => return Ok(()),
-        Ok(false) => {}
-        Err(error) => return Err(DiskError::Unlockable { path: path.into(), error }),
-    }
-    let (holder, remedy) = match lock::find_holder(file) {
+    let mut patience = LINGERING / PAUSE;
+    let holder = loop {
+        match lock::try_lock(file, !readonly) {
+            Ok(true) => return Ok(()),
+            Ok(false) => {}
+            Err(error) => return Err(DiskError::Unlockable { path: path.into(), error }),
+        }
+        let holder = lock::find_holder(file);
+        if holder.is_some() || patience == 0 {
+            break holder;
+        }
+        thread::sleep(Duration::from_millis(PAUSE.into()));
+        patience -= 1;
+    };
+    let (holder, remedy) = match holder {
         Some(holder) if holder.pid == std::process::id() => {
             ("another disk of this VM".to_owned(), "give the image once, or readonly=on to all disks that share it")
         }
@@ -389,6 +407,18 @@ mod tests {
         assert!(refusal(&path, false).contains("locked"));
         drop(readers);
         Disk::open(&path, false, CacheMode::Writeback, "disk0").unwrap();
+    }
+
+    /// As after a process with an io_uring was killed: the kernel holds the file a moment longer than anyone.
+    #[test]
+    fn a_lock_that_only_lingers_is_waited_for() {
+        let _alone = FORKING.lock();
+        let (_dir, path) = image(4096);
+        for _ in 0..20 {
+            let disk = Disk::open(&path, false, CacheMode::Writeback, "disk0").unwrap();
+            let ring = io_uring::IoUring::new(1).unwrap();
+            ring.submitter().register_files(&[disk.file().as_raw_fd()]).unwrap();
+        }
     }
 
     #[test]

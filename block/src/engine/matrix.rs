@@ -16,6 +16,7 @@ use super::{Aio, Engine, OpKind};
 use crate::cache::CacheMode;
 use crate::direct::Alignment;
 use crate::disk::Disk;
+use crate::lock::tests::FORKING;
 
 /// An engine with an image and a cache mode each.
 fn combinations() -> impl Iterator<Item = (Aio, Bed)> {
@@ -182,6 +183,23 @@ fn what_is_refused_at_once_completes() {
         for completion in await_completions(&mut *engine, 10) {
             let errno = completion.result.err().and_then(|error| error.raw_os_error());
             assert_eq!(errno, (completion.tag % 2 == 0).then_some(libc::EBADF));
+        }
+    }
+}
+
+/// An engine leaves nothing behind that holds the image, and with it its lock: not even for a moment.
+#[test]
+fn an_image_is_free_when_its_engine_is_gone() {
+    let _alone = FORKING.lock();
+    for aio in Aio::ALL {
+        let (_dir, path, disk, _) = DIRECT.disk(1 << 20);
+        drop(disk);
+        for round in 0..50 {
+            let disk = Disk::open(&path, false, CacheMode::None, "disk0");
+            let disk = disk.unwrap_or_else(|error| panic!("{aio:?}, round {round}: {error}"));
+            let mut engine = aio.start(Arc::new(disk), "test-io").unwrap();
+            engine.push(op(OpKind::Read, 0, &[(4096, 4096)], &memory(1 << 16)), 0);
+            engine.submit();
         }
     }
 }

@@ -90,6 +90,9 @@ pub fn probe() -> Result<(), Missing> {
 /// The image is file 0 of the ring, and the only one it can touch.
 const IMAGE: Fixed = Fixed(0);
 
+/// `IORING_UNREGISTER_FILES` of io_uring_register(2).
+const UNREGISTER_FILES: u8 = 3;
+
 pub(super) struct Uring(IoUring);
 
 impl Uring {
@@ -107,9 +110,17 @@ impl Uring {
             Restriction::sqe_op(opcode::Writev::CODE),
             Restriction::sqe_op(opcode::Fsync::CODE),
             Restriction::sqe_flags_required(fixed),
+            Restriction::register_op(UNREGISTER_FILES),
         ])?;
         submitter.register_enable_rings()?;
         Ok(Self(ring))
+    }
+}
+
+impl Drop for Uring {
+    /// The kernel takes a ring apart some time after it is closed; until then it would hold the image, and its lock.
+    fn drop(&mut self) {
+        let _ = self.0.submitter().unregister_files();
     }
 }
 
