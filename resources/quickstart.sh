@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# From a fresh Debian or Ubuntu to the login prompt of a guest: installs what is missing, builds skiff, makes a guest out
-# of the distribution's kernel and a small ext4 root file system (without root rights), and boots it here. Where the KVM
-# of this host is a software one, which cannot run a stock kernel, the same happens inside the lab (tests/lab).
+# From a fresh Debian or Ubuntu to the login prompt of a guest: installs what is missing, builds skiff, makes a guest
+# out of the distribution's kernel and a small ext4 root file system (without root rights), and boots it here. Where
+# the KVM of this host is a software one, which cannot run a stock kernel, the same happens inside the lab (tests/lab).
 # Usage: resources/quickstart.sh [--check]     --check: log in, power off and be gone, for machines that try this
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -93,8 +93,8 @@ skiff    $skiff
 END
 if [[ ${#place[@]} -gt 0 ]]; then
     cat <<END
-KVM here: $kind. That cannot run a stock kernel, so skiff runs inside the lab: an emulated machine with a real KVM, about
-ten times slower. "skiff doctor" says:
+KVM here: $kind. That cannot run a stock kernel, so skiff runs inside the lab: an emulated machine with a real KVM,
+about ten times slower. "skiff doctor" says:
 
 END
     { "$skiff" doctor || true; } | grep -A1 '^problem' || true

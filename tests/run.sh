@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Every test there is: installs what they need (Debian and Ubuntu), then formatting, lints, unit and documentation tests,
-# the bare-metal guest, and the Linux guests, which run in the lab where this host has no hardware KVM. The last line is
-# "N passed, N failed, N skipped"; the exit code is 0 if nothing failed.
+# Every test there is: installs what they need (Debian and Ubuntu), then formatting, lints, unit and documentation
+# tests, the bare-metal guest, and the Linux guests, which run in the lab where this host has no hardware KVM. The last
+# line is "N passed, N failed, N skipped"; the exit code is 0 if nothing failed.
 # Usage: tests/run.sh
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -29,6 +29,7 @@ tests/packages
 
 step formatting 60 cargo fmt --all --check
 step lints 600 cargo clippy --quiet --workspace --all-targets -- -D warnings
+step "lints of the bare-metal guest" 300 cargo clippy --quiet --package guest --all-targets --features bare-metal -- -D warnings
 mapfile -t scripts < <(git ls-files | while read -r file; do
     if [[ -f $file ]] && head -n1 "$file" | grep -qE '^#!.*\b(ba)?sh\b'; then echo "$file"; fi
 done)
@@ -48,7 +49,10 @@ step tests 1000 cargo test --workspace --no-fail-fast
 
 # cargo's own summaries; lines of tests that found nothing to run on, which cargo counts as passed; whole programs that
 # the runner skipped, which it does not.
-sum() { awk -v key="$1" '/^test result:/ { for (i = 2; i <= NF; i++) if ($i == key ";") n += $(i - 1) } END { print n + 0 }' "$log"; }
+sum() {
+    awk -v word="$1;" '/^test result:/ { for (i = 2; i <= NF; i++) if ($i == word) n += $(i - 1) }
+        END { print n + 0 }' "$log"
+}
 gave_up=$(grep -c '^SKIPPED [a-z_]*::' "$log" || true)
 not_run=$(awk '/^SKIPPED [0-9]+ tests of/ { n += $2 } END { print n + 0 }' "$log")
 passed=$(($(sum passed) - gave_up))

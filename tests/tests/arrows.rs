@@ -18,7 +18,7 @@ const ARROWS: [(&str, &[&str]); 6] = [
 const SUBJECTS: [(&str, &[&str]); 8] = [
     ("kvm-ioctls", &["skiff"]),
     ("kvm-bindings", &["skiff"]),
-    ("clap", &["skiff"]),
+    ("clap", &["skiff", "tests"]),
     ("virtio-queue", &["devices"]),
     ("virtio-bindings", &["devices"]),
     ("linux-loader", &["boot"]),

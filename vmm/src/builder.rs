@@ -4,7 +4,7 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use anyhow::{Context, bail};
+use anyhow::{Context, anyhow, bail};
 use boot::Subject;
 use boot::acpi::{self, AcpiConfig, PortDevice};
 use devices::acpi::{PowerButton, SleepRegisters};
@@ -21,7 +21,7 @@ use devices::virtio::device::VirtioDevice;
 use devices::virtio::pci::VirtioPci;
 use devices::virtio::rng::Rng;
 use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, KVM_PIT_SPEAKER_DUMMY, kvm_enable_cap, kvm_pit_config};
-use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
+use kvm_ioctls::{Cap, Error, Kvm, VcpuFd, VmFd};
 use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
@@ -128,7 +128,12 @@ impl VmBuilder<'_> {
         };
         let vcpus = (0..self.config.cpus)
             .map(|id| create_vcpu(&vm, id, &topology.leaves(&supported, id)))
-            .collect::<anyhow::Result<Vec<_>>>()?;
+            .collect::<anyhow::Result<Vec<_>>>()
+            .map_err(|error| {
+                let no_files = error.root_cause().downcast_ref().is_some_and(|it: &Error| it.errno() == libc::EMFILE);
+                let remedy = if no_files { "; raise the limit of open files (ulimit -n)" } else { "" };
+                anyhow!("--cpus {}: {error:#}{remedy}", self.config.cpus)
+            })?;
         regs::set(&vcpus[0], &loaded.state).context("KVM refuses the registers of the first vCPU")?;
         let exit = self.exit.clone();
         Ok(Board { vcpus, buses, interrupts, power_button, functions, exit, vm, memory })

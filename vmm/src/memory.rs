@@ -66,12 +66,12 @@ pub fn map(config: &MemoryConfig, ranges: &[Range<u64>]) -> Result<Arc<GuestMemo
         let mut flags = libc::MAP_NORESERVE | if config.shared { libc::MAP_SHARED } else { libc::MAP_PRIVATE };
         if config.hugepages {
             // Without a reservation a missing huge page would kill the guest later, with SIGBUS.
-            flags = (flags & !libc::MAP_NORESERVE) | libc::MAP_HUGETLB;
+            flags = (flags & !libc::MAP_NORESERVE) | libc::MAP_HUGETLB | libc::MAP_HUGE_2MB;
         }
         let mut builder = MmapRegionBuilder::new(len).with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE);
         builder = match &file {
             Some(file) => builder
-                .with_mmap_flags(flags & !libc::MAP_HUGETLB)
+                .with_mmap_flags(flags & !(libc::MAP_HUGETLB | libc::MAP_HUGE_2MB))
                 .with_file_offset(FileOffset::from_arc(file.clone(), offset)),
             None => builder.with_mmap_flags(flags | libc::MAP_ANONYMOUS),
         };
@@ -87,7 +87,7 @@ pub fn map(config: &MemoryConfig, ranges: &[Range<u64>]) -> Result<Arc<GuestMemo
 /// A file of memory that other processes can map.
 fn memfd(config: &MemoryConfig) -> io::Result<File> {
     const NAME: &CStr = c"skiff-guest";
-    let flags = libc::MFD_CLOEXEC | if config.hugepages { libc::MFD_HUGETLB } else { 0 };
+    let flags = libc::MFD_CLOEXEC | if config.hugepages { libc::MFD_HUGETLB | libc::MFD_HUGE_2MB } else { 0 };
     // SAFETY: the name is a NUL-terminated string.
     let fd = unsafe { libc::memfd_create(NAME.as_ptr(), flags) };
     if fd < 0 {

@@ -2,9 +2,10 @@
 //! reboots, and put everything down in order. All of it on the main thread.
 
 use std::cell::RefCell;
-use std::fs::File;
+use std::fs::{File, Metadata};
 use std::io::{self, ErrorKind, Read};
 use std::os::fd::AsRawFd;
+use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::rc::Rc;
@@ -12,7 +13,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
-use anyhow::Context;
+use anyhow::{Context, bail};
 use block::direct::Alignment;
 use block::disk::Disk;
 use devices::acpi::PowerButton;
@@ -20,7 +21,7 @@ use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber
 use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM};
 
 use crate::builder::{Machine, VmBuilder};
-use crate::config::{DiskConfig, OnReboot, VmConfig};
+use crate::config::{DiskConfig, OnReboot, SerialConfig, VmConfig};
 use crate::console::{Console, ConsoleAction};
 use crate::exit::{ExitLine, ExitReason};
 use crate::kvm;
@@ -45,6 +46,7 @@ impl Resources {
         let kernel = open("--kernel", &config.kernel)?;
         let initrd = config.initrd.as_deref().map(|path| open("--initrd", path)).transpose()?;
         let disks = config.disks.iter().map(|disk| open_disk(disk).context("--disk")).collect::<anyhow::Result<_>>()?;
+        check_console_file(config)?;
         Ok(Self { kernel, initrd, disks })
     }
 }
@@ -59,6 +61,20 @@ fn open_disk(config: &DiskConfig) -> anyhow::Result<Arc<Disk>> {
     let (id, path) = (disk.id(), config.path.display());
     tracing::info!("disk {id}: {path}: aio={}, cache={} ({how})", config.aio.name(), config.cache.name());
     Ok(Arc::new(disk))
+}
+
+/// The console empties its file, which must not be one that the machine is made of, by whatever name.
+fn check_console_file(config: &VmConfig) -> anyhow::Result<()> {
+    let SerialConfig::File(console) = &config.serial else { return Ok(()) };
+    let identity = |path: &Path| path.metadata().ok().filter(Metadata::is_file).map(|file| (file.dev(), file.ino()));
+    let images = [&config.kernel].into_iter().chain(&config.initrd).chain(config.disks.iter().map(|disk| &disk.path));
+    for image in images {
+        if identity(console).is_some_and(|file| identity(image) == Some(file)) {
+            let (console, image) = (console.display(), image.display());
+            bail!("--serial file={console}: this is {image}, which the machine is made of; name another file");
+        }
+    }
+    Ok(())
 }
 
 fn open(option: &str, path: &Path) -> anyhow::Result<File> {

@@ -43,6 +43,16 @@ fn usage_errors_are_one_line_and_exit_code_2() {
 }
 
 #[test]
+fn an_argument_that_is_not_utf_8_is_named() {
+    use std::os::unix::ffi::OsStrExt;
+    let path = std::ffi::OsStr::from_bytes(b"vmlinuz-\xff");
+    let output = Command::new(env!("CARGO_BIN_EXE_skiff")).args(["run", "--kernel"]).arg(path).output().unwrap();
+    assert_eq!(output.status.code(), Some(2));
+    let line = "skiff: --kernel vmlinuz-\u{fffd}: not UTF-8; rename the file\n";
+    assert_eq!(String::from_utf8(output.stderr).unwrap(), line);
+}
+
+#[test]
 fn a_dry_run_prints_a_file_that_gives_the_same_machine() {
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("vm.toml");

@@ -85,6 +85,25 @@ fn a_start_that_fails_leaves_the_file_of_the_console_alone() {
     assert!(!new.exists());
 }
 
+#[test]
+fn the_console_does_not_overwrite_a_file_of_the_machine() {
+    let folder = tempfile::tempdir().unwrap();
+    let image = folder.path().join("disk.img");
+    let other_name = folder.path().join("console.log");
+    fs::write(&image, [7; 512]).unwrap();
+    fs::hard_link(&image, &other_name).unwrap();
+    for target in [image.clone(), other_name, folder.path().join("kernel.elf")] {
+        let Some(mut command) = machine(&folder, PANIC) else { return };
+        command.args(["--disk", image.to_str().unwrap()]).arg("--serial").arg(format!("file={}", target.display()));
+        let output = command.stderr(Stdio::piped()).output().unwrap();
+        assert_eq!(output.status.code(), Some(1), "{}", target.display());
+        let line = String::from_utf8(output.stderr).unwrap();
+        assert!(line.starts_with(&format!("skiff: --serial file={}: ", target.display())), "{line}");
+        assert_eq!(fs::read(&image).unwrap(), [7; 512]);
+        assert_ne!(fs::read(folder.path().join("kernel.elf")).unwrap(), b"");
+    }
+}
+
 /// Starts [`WAIT`], and waits until the guest runs. Its input is still to come.
 fn waiting(mut command: Command) -> Child {
     let mut child = command.arg("--debug-exit").stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
@@ -142,4 +161,17 @@ fn a_hang_up_that_is_ignored_stays_ignored() {
     assert_eq!(signals(&child, "SigIgn") & 1, 1);
     child.stdin.as_mut().unwrap().write_all(b"x").unwrap();
     assert_eq!(child.wait().unwrap().code(), Some(33));
+}
+
+#[test]
+fn too_few_open_files_for_the_cpus_has_its_remedy() {
+    let folder = tempfile::tempdir().unwrap();
+    let Some(command) = machine(&folder, PANIC) else { return };
+    let mut limited = Command::new("sh");
+    limited.args(["-c", "ulimit -n 50; exec \"$@\"", "sh"]).arg(command.get_program()).args(command.get_args());
+    let output = limited.args(["--cpus", "64"]).output().unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    let line = String::from_utf8(output.stderr).unwrap();
+    assert!(line.starts_with("skiff: --cpus 64: ") && line.contains("ulimit -n"), "{line}");
+    assert_eq!(line.lines().count(), 1, "{line}");
 }

@@ -140,7 +140,7 @@ call_wait:
 1:  iretq
 
 # Exceptions: 16 bytes of stub each, so that Rust can compute their addresses. All end in guest_exception(vector, error
-# code, RIP, CR2) at level 3.
+# code, RIP, CR2, CS) at level 3, those of level 0 too.
 .balign 16
 .global exception_stubs
 exception_stubs:
@@ -166,17 +166,15 @@ exception_6:
 exception:
     pop rdi
     pop rsi
-    test qword ptr [rsp + 8], 3
-    jz exception_at_level_0
     mov rdx, [rsp]
     mov rcx, cr2
+    mov r8, [rsp + 8]
     mov qword ptr [rsp], offset guest_exception_entry
+    mov qword ptr [rsp + 8], USER_CODE
+    mov qword ptr [rsp + 16], 2         # RFLAGS: no more interrupts
     mov qword ptr [rsp + 24], offset user_stack_top
+    mov qword ptr [rsp + 32], USER_DATA
     iretq
-exception_at_level_0:
-    cli
-    hlt
-    jmp exception_at_level_0
 
 guest_exception_entry:
     call guest_exception

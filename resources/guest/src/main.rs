@@ -51,8 +51,8 @@ extern "C" fn guest_main(start_info: u64) -> ! {
 
 // SAFETY: entry.s calls this name; nothing else has it.
 #[unsafe(no_mangle)]
-extern "C" fn guest_exception(vector: u64, error: u64, rip: u64, cr2: u64) -> ! {
-    println!("not ok guest: exception {vector}, error {error:#x}, at {rip:#x}, CR2 {cr2:#x}");
+extern "C" fn guest_exception(vector: u64, error: u64, rip: u64, cr2: u64, cs: u64) -> ! {
+    println!("not ok guest: exception {vector}, error {error:#x}, at {cs:#x}:{rip:#x}, CR2 {cr2:#x}");
     report::exit(report::FAILED)
 }
 

@@ -88,8 +88,8 @@ fn eight_disks_in_the_order_they_were_named() {
         assert_eq!(guest.ask(&format!("cat /sys/block/vd{letter}/serial")), format!("DISK-{number}"));
         assert_eq!(guest.ask(&format!("cat /sys/block/vd{letter}/size")), (number * 2048).to_string());
     }
-    let all = "for d in a b c d e f g h; do yes disk-$d | dd of=/dev/vd$d bs=1M count=1 iflag=fullblock conv=fsync & done; wait";
-    guest.ask(all);
+    let write = "yes disk-$d | dd of=/dev/vd$d bs=1M count=1 iflag=fullblock conv=fsync";
+    guest.ask(&format!("for d in a b c d e f g h; do {write} & done; wait"));
     assert_eq!(guest.power_off().code, Some(0));
     for (image, letter) in images.iter().zip('a'..) {
         let content = std::fs::read(image).unwrap();

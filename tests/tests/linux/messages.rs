@@ -55,7 +55,8 @@ fn the_kernel_complains_of_nothing_that_qemu_does_not_have() {
 
 #[test]
 fn reads_the_kernels_log() {
-    let log = "before\nskiff-guest: run\n<6>[    0.0] info\n<4>[    0.1] APIC 12 at 0xfee00000: odd\n<3>[ 1.0] bad\n<12>[ 2] init: said\n";
+    let log = "before\nskiff-guest: run\n<6>[    0.0] info\n<4>[    0.1] APIC 12 at 0xfee00000: odd\n\
+               <3>[ 1.0] bad\n<12>[ 2] init: said\n";
     let expected = ["APIC N at N odd", "bad", "init: said"].map(String::from);
     assert_eq!(complaints(log), BTreeSet::from(expected));
 }

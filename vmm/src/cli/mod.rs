@@ -67,8 +67,10 @@ impl From<anyhow::Error> for Failure {
 
 /// Runs the command in `args`, the name of the program first, and returns the exit code of the process.
 pub(crate) fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
-    let done = match Cli::try_parse_from(args) {
+    let args: Vec<OsString> = args.into_iter().collect();
+    let done = match Cli::try_parse_from(&args) {
         Ok(cli) => command(cli),
+        Err(error) if error.kind() == ErrorKind::InvalidUtf8 => Err(Failure::Usage(not_utf8(&args))),
         Err(error) => no_command(&error),
     };
     let (line, code) = match done {
@@ -99,6 +101,14 @@ fn no_command(error: &clap::Error) -> Result<u8, Failure> {
         }
         _ => Err(Failure::Usage(one_line(&error.render().to_string()))),
     }
+}
+
+/// The complaint about the first of `args` that is not UTF-8, after the flag it belongs to: clap does not say which.
+fn not_utf8(args: &[OsString]) -> String {
+    let bad = args.iter().position(|arg| arg.to_str().is_none()).unwrap_or(0);
+    let flag = bad.checked_sub(1).and_then(|at| args[at].to_str()).filter(|flag| flag.starts_with('-'));
+    let flag = flag.map(|flag| format!("{flag} ")).unwrap_or_default();
+    format!("{flag}{}: not UTF-8; rename the file", args[bad].display())
 }
 
 /// The paragraphs of a message of clap in one line, without its usage text.
