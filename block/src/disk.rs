@@ -160,9 +160,8 @@ impl Disk {
         } else {
             Alignment::NONE
         };
-        let block = alignment.block;
-        if !readonly && !size.is_multiple_of(block) {
-            return Err(DiskError::Block { path: path.into(), size, block, cache });
+        if !readonly && !size.is_multiple_of(alignment.block) {
+            return Err(DiskError::Block { path: path.into(), size, block: alignment.block, cache });
         }
         Ok(Self { id: id.to_owned(), file, size, readonly, cache, alignment, ranges: Ranges::default() })
     }
@@ -407,6 +406,14 @@ mod tests {
         assert!(refusal(&path, false).contains("locked"));
         drop(readers);
         Disk::open(&path, false, CacheMode::Writeback, "disk0").unwrap();
+    }
+
+    #[test]
+    fn an_image_that_ends_within_a_block_is_refused_with_what_would_do() {
+        let (path, cache) = (PathBuf::from("root.img"), CacheMode::Directsync);
+        let error = DiskError::Block { path, size: 4608, block: 4096, cache }.to_string();
+        assert!(error.contains("truncate -s 8192 \"root.img\""), "{error}");
+        assert!(error.contains("cache=writethrough"), "{error}");
     }
 
     /// As after a process with an io_uring was killed: the kernel holds the file a moment longer than anyone.

@@ -4,7 +4,7 @@ use std::fs::{self, File};
 use std::io::ErrorKind;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
 
@@ -12,6 +12,7 @@ use proptest::prelude::*;
 use tempfile::TempDir;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+use vmm_sys_util::fallocate::{FallocateMode, fallocate};
 
 use super::{Completion, Engine, Op, OpKind};
 use crate::cache::CacheMode;
@@ -38,6 +39,8 @@ pub(super) enum Kind {
     Preallocated,
     /// In memory, every byte written before.
     Tmpfs,
+    /// A block device with sectors of this many bytes, every byte written before; see [`attach`].
+    Loop(usize),
 }
 
 /// The images of one test.
@@ -70,28 +73,43 @@ impl Bed {
             // Where the build is; a temporary directory may be in memory.
             _ => TempDir::new_in(std::env::current_exe().unwrap().parent().unwrap()).unwrap(),
         };
-        let path = dir.path().join("disk.img");
+        let mut path = dir.path().join("disk.img");
         let file = File::options().write(true).create_new(true).open(&path).unwrap();
         let content: Vec<u8> = match self.kind {
-            Kind::Written | Kind::Tmpfs => (0..size).map(written).collect(),
+            Kind::Written | Kind::Tmpfs | Kind::Loop(_) => (0..size).map(written).collect(),
             Kind::Sparse | Kind::Preallocated => vec![0; size],
         };
         match self.kind {
-            Kind::Written | Kind::Tmpfs => file.write_all_at(&content, 0).unwrap(),
+            Kind::Written | Kind::Tmpfs | Kind::Loop(_) => file.write_all_at(&content, 0).unwrap(),
             Kind::Sparse => file.set_len(size as u64).unwrap(),
-            Kind::Preallocated => {
-                assert!(
-                    Command::new("fallocate").args(["-l", &size.to_string()]).arg(&path).status().unwrap().success()
-                );
-            }
+            Kind::Preallocated => fallocate(&file, FallocateMode::ZeroRange, false, 0, size as u64).unwrap(),
+        }
+        if let Kind::Loop(sector) = self.kind {
+            path = attach(&path, sector).expect("a loop device");
         }
         let disk = Disk::open(&path, false, self.cache, "disk0").unwrap();
+        if let Kind::Loop(_) = self.kind {
+            // It stays until the disk is closed.
+            assert!(Command::new("losetup").arg("-d").arg(&path).status().unwrap().success());
+        }
+        if let (Kind::Loop(sector), true) = (self.kind, self.cache.is_direct()) {
+            assert_eq!(disk.alignment().block, sector as u64);
+        }
         let disk = match self.alignment {
             Some(alignment) => disk.with_alignment(alignment),
             None => disk,
         };
         (dir, path, Arc::new(disk), content)
     }
+}
+
+/// A loop device over `image`, or what stands against it. The caller holds [`FORKING`](crate::lock::tests::FORKING).
+pub(super) fn attach(image: &Path, sector: usize) -> Result<PathBuf, String> {
+    let mut losetup = Command::new("losetup");
+    let output = losetup.args(["--find", "--show", "--sector-size", &sector.to_string()]).arg(image).output();
+    let output = output.map_err(|error| error.to_string())?;
+    let said = |text: Vec<u8>| String::from_utf8_lossy(&text).trim().to_owned();
+    if output.status.success() { Ok(said(output.stdout).into()) } else { Err(said(output.stderr)) }
 }
 
 /// An image of `size` bytes, all zero, opened.

@@ -2,13 +2,15 @@
 //! misbehave.
 
 use std::collections::VecDeque;
+use std::io::Write;
 use std::os::fd::AsRawFd;
+use std::process::Command;
 use std::sync::Arc;
 
 use libc::iovec;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use super::conformance::{self, Bed, Kind, await_completions, memory, op};
+use super::conformance::{self, Bed, Kind, attach, await_completions, memory, op};
 use super::native::Native;
 use super::ring::{Ring, RingEngine};
 use super::uring::Uring;
@@ -59,6 +61,31 @@ fn all_refuse_bad_buffers_and_drain() {
         eprintln!("{aio:?} {bed:?}");
         conformance::bad_buffers(&bed, start(aio));
         conformance::drain(&bed, start(aio));
+    }
+}
+
+#[test]
+fn all_work_on_block_devices() {
+    let _alone = FORKING.lock();
+    let image = tempfile::NamedTempFile::new().unwrap();
+    image.as_file().set_len(1 << 20).unwrap();
+    match attach(image.path(), 512) {
+        Ok(device) => assert!(Command::new("losetup").arg("-d").arg(device).status().unwrap().success()),
+        Err(why) => {
+            // Past the capture of the test harness.
+            let _ = writeln!(std::io::stderr(), "SKIPPED block::all_work_on_block_devices: {why}");
+            return;
+        }
+    }
+    for sector in [512, 4096] {
+        for (aio, bed) in combinations().filter(|(_, bed)| bed.kind == Kind::Written && bed.cache != CacheMode::Unsafe)
+        {
+            let bed = Bed { kind: Kind::Loop(sector), cases: 2, ..bed };
+            eprintln!("{aio:?} {bed:?}");
+            conformance::bytes(&bed, start(aio));
+            conformance::neighbours(&bed, start(aio));
+            conformance::drain(&bed, start(aio));
+        }
     }
 }
 
