@@ -3,15 +3,27 @@
 
 use std::fs::{File, FileType, OpenOptions};
 use std::io::{self, ErrorKind, Seek, SeekFrom};
-use std::os::unix::fs::FileTypeExt;
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::Duration;
 
 use thiserror::Error;
 
+use crate::cache::CacheMode;
+use crate::direct::{self, Alignment};
 use crate::lock;
+use crate::ranges::Ranges;
 
 /// The unit of [`Disk::size`] and of virtio-blk addresses, in bytes.
 pub const SECTOR_SIZE: u64 = 512;
+
+/// How long the kernel may keep the lock of a process that was killed, in milliseconds: an io_uring of it is taken apart
+/// later than its descriptors. Nobody can be named as the holder then.
+const LINGERING: u32 = 1000;
+
+/// Milliseconds between two attempts to take such a lock.
+const PAUSE: u32 = 5;
 
 /// Why an image cannot be used. Each is one line that names the file and a remedy.
 #[derive(Debug, Error)]
@@ -46,6 +58,32 @@ pub enum DiskError {
     /// There is not one sector.
     #[error("disk image {0:?} is empty: give it a size, for example with: truncate -s 8G {0:?}")]
     Empty(PathBuf),
+    /// The filesystem does not do O_DIRECT.
+    #[error(
+        "disk image {path:?} cannot be opened with O_DIRECT, which cache={} needs: its filesystem does not offer it; use \
+         cache={}, or move the image to one that does, such as ext4 or xfs", .cache.name(), .cache.buffered().name()
+    )]
+    NotDirect {
+        /// The image.
+        path: PathBuf,
+        /// The mode that was asked for.
+        cache: CacheMode,
+    },
+    /// The last block is not whole, and O_DIRECT cannot write a part of one.
+    #[error(
+        "disk image {path:?} has {size} bytes, which is not a multiple of {block}, as O_DIRECT needs it here: pad it with: \
+         truncate -s {} {path:?}, or use cache={}", .size.next_multiple_of(*.block), .cache.buffered().name()
+    )]
+    Block {
+        /// The image.
+        path: PathBuf,
+        /// Its size in bytes.
+        size: u64,
+        /// The unit of direct transfers, in bytes.
+        block: u64,
+        /// The mode that was asked for.
+        cache: CacheMode,
+    },
     /// The last sector is not whole.
     #[error(
         "disk image {path:?} has {size} bytes, which is not a multiple of 512: if it is a raw image, pad it with: \
@@ -94,6 +132,9 @@ pub struct Disk {
     file: File,
     size: u64,
     readonly: bool,
+    cache: CacheMode,
+    alignment: Alignment,
+    ranges: Ranges,
 }
 
 impl Disk {
@@ -101,8 +142,8 @@ impl Disk {
     ///
     /// # Errors
     /// [`DiskError`] says which of its reasons it is.
-    pub fn open(path: &Path, readonly: bool, id: &str) -> Result<Self, DiskError> {
-        let file = open_file(path, readonly)?;
+    pub fn open(path: &Path, readonly: bool, cache: CacheMode, id: &str) -> Result<Self, DiskError> {
+        let file = open_file(path, readonly, cache)?;
         // First: whoever holds the lock may still be giving the image its size.
         lock_image(&file, path, readonly)?;
         let size = image_size(&file).map_err(|error| DiskError::Io { path: path.into(), error })?;
@@ -113,7 +154,22 @@ impl Disk {
             let padded = size.next_multiple_of(SECTOR_SIZE);
             return Err(DiskError::Size { path: path.into(), size, padded });
         }
-        Ok(Self { id: id.to_owned(), file, size, readonly })
+        let alignment = if cache.is_direct() {
+            let found = direct::alignment(&file).map_err(|error| DiskError::Io { path: path.into(), error })?;
+            found.ok_or_else(|| DiskError::NotDirect { path: path.into(), cache })?
+        } else {
+            Alignment::NONE
+        };
+        if !readonly && !size.is_multiple_of(alignment.block) {
+            return Err(DiskError::Block { path: path.into(), size, block: alignment.block, cache });
+        }
+        Ok(Self { id: id.to_owned(), file, size, readonly, cache, alignment, ranges: Ranges::default() })
+    }
+
+    /// As on a host that demands `alignment`, at least as coarse as that of this one.
+    #[cfg(test)]
+    pub(crate) fn with_alignment(self, alignment: Alignment) -> Self {
+        Self { alignment, ..self }
     }
 
     /// Its name in messages.
@@ -131,6 +187,21 @@ impl Disk {
         self.readonly
     }
 
+    /// What it was opened for.
+    pub fn cache(&self) -> CacheMode {
+        self.cache
+    }
+
+    /// What the host demands of transfers. The engines see to it.
+    pub fn alignment(&self) -> Alignment {
+        self.alignment
+    }
+
+    /// The writes that go on, where they can disturb each other.
+    pub(crate) fn ranges(&self) -> &Ranges {
+        &self.ranges
+    }
+
     /// The open file, for positioned transfers. Its own position means nothing.
     pub fn file(&self) -> &File {
         &self.file
@@ -142,8 +213,9 @@ impl Disk {
     }
 }
 
-fn open_file(path: &Path, readonly: bool) -> Result<File, DiskError> {
+fn open_file(path: &Path, readonly: bool, cache: CacheMode) -> Result<File, DiskError> {
     let failed = |error: io::Error| match error.kind() {
+        ErrorKind::InvalidInput if cache.is_direct() => DiskError::NotDirect { path: path.into(), cache },
         ErrorKind::NotFound => DiskError::Missing(path.into()),
         ErrorKind::PermissionDenied => DiskError::Unreadable { path: path.into(), error },
         _ => DiskError::Io { path: path.into(), error },
@@ -153,13 +225,14 @@ fn open_file(path: &Path, readonly: bool) -> Result<File, DiskError> {
     if let Some(found) = unusable_kind(kind) {
         return Err(DiskError::Kind { path: path.into(), found });
     }
-    match OpenOptions::new().read(true).write(!readonly).open(path) {
+    let flags = if cache.is_direct() { libc::O_DIRECT } else { 0 };
+    match OpenOptions::new().read(true).write(!readonly).custom_flags(flags).open(path) {
         Ok(file) => Ok(file),
         Err(error) if !readonly && File::open(path).is_ok() => match error.kind() {
             ErrorKind::PermissionDenied | ErrorKind::ReadOnlyFilesystem => {
                 Err(DiskError::Unwritable { path: path.into(), error })
             }
-            _ => Err(DiskError::Io { path: path.into(), error }),
+            _ => Err(failed(error)),
         },
         Err(error) => Err(failed(error)),
     }
@@ -185,12 +258,21 @@ fn image_size(mut file: &File) -> io::Result<u64> {
 }
 
 fn lock_image(file: &File, path: &Path, readonly: bool) -> Result<(), DiskError> {
-    match lock::try_lock(file, !readonly) {
-        Ok(true) => return Ok(()),
-        Ok(false) => {}
-        Err(error) => return Err(DiskError::Unlockable { path: path.into(), error }),
-    }
-    let (holder, remedy) = match lock::find_holder(file) {
+    let mut patience = LINGERING / PAUSE;
+    let holder = loop {
+        match lock::try_lock(file, !readonly) {
+            Ok(true) => return Ok(()),
+            Ok(false) => {}
+            Err(error) => return Err(DiskError::Unlockable { path: path.into(), error }),
+        }
+        let holder = lock::find_holder(file);
+        if holder.is_some() || patience == 0 {
+            break holder;
+        }
+        thread::sleep(Duration::from_millis(PAUSE.into()));
+        patience -= 1;
+    };
+    let (holder, remedy) = match holder {
         Some(holder) if holder.pid == std::process::id() => {
             ("another disk of this VM".to_owned(), "give the image once, or readonly=on to all disks that share it")
         }
@@ -210,6 +292,7 @@ fn lock_image(file: &File, path: &Path, readonly: bool) -> Result<(), DiskError>
 mod tests {
     use super::*;
     use std::fs::{self, Permissions};
+    use std::os::fd::AsRawFd;
     use std::os::unix::fs::PermissionsExt;
     use std::process::Command;
 
@@ -225,7 +308,7 @@ mod tests {
     }
 
     fn refusal(path: &Path, readonly: bool) -> String {
-        let error = Disk::open(path, readonly, "disk0").unwrap_err().to_string();
+        let error = Disk::open(path, readonly, CacheMode::Writeback, "disk0").unwrap_err().to_string();
         assert!(!error.contains('\n'), "one line: {error}");
         assert!(error.contains(&format!("{path:?}")), "names the file: {error}");
         error
@@ -251,7 +334,7 @@ mod tests {
         let (_dir, path) = image(4096);
         fs::write(&path, [7; 1024]).unwrap();
         let before = fs::metadata(&path).unwrap();
-        let disk = Disk::open(&path, false, "disk0").unwrap();
+        let disk = Disk::open(&path, false, CacheMode::Writeback, "disk0").unwrap();
         assert_eq!((disk.size(), disk.readonly(), disk.id()), (1024, false, "disk0"));
         drop(disk);
         let after = fs::metadata(&path).unwrap();
@@ -280,7 +363,7 @@ mod tests {
         let (_dir, path) = image(1025);
         assert!(refusal(&path, true).contains("truncate -s 1536 "));
         File::options().write(true).open(&path).unwrap().set_len(1536).unwrap();
-        assert_eq!(Disk::open(&path, true, "disk0").unwrap().size(), 1536);
+        assert_eq!(Disk::open(&path, true, CacheMode::Writeback, "disk0").unwrap().size(), 1536);
     }
 
     #[test]
@@ -295,7 +378,7 @@ mod tests {
         fs::set_permissions(&path, Permissions::from_mode(0o444)).unwrap();
         as_nobody(|| {
             assert!(refusal(&path, false).contains("readonly=on"));
-            assert!(Disk::open(&path, true, "disk0").is_ok());
+            assert!(Disk::open(&path, true, CacheMode::Writeback, "disk0").is_ok());
         });
     }
 
@@ -308,20 +391,67 @@ mod tests {
         assert!(refusal(&path, false).contains("locked"), "not yet empty for good");
         creator.set_len(4096).unwrap();
         drop(creator);
-        assert_eq!(Disk::open(&path, false, "disk0").unwrap().size(), 4096);
+        assert_eq!(Disk::open(&path, false, CacheMode::Writeback, "disk0").unwrap().size(), 4096);
     }
 
     #[test]
     fn an_image_has_one_writer_or_many_readers() {
         let _alone = FORKING.lock();
         let (_dir, path) = image(512);
-        let writer = Disk::open(&path, false, "disk0").unwrap();
+        let writer = Disk::open(&path, false, CacheMode::Writeback, "disk0").unwrap();
         assert!(refusal(&path, false).contains("locked by another disk of this VM"));
         assert!(refusal(&path, true).contains("locked by another disk of this VM"));
         drop(writer);
-        let readers = [(); 2].map(|()| Disk::open(&path, true, "disk0").unwrap());
+        let readers = [(); 2].map(|()| Disk::open(&path, true, CacheMode::Writeback, "disk0").unwrap());
         assert!(refusal(&path, false).contains("locked"));
         drop(readers);
-        Disk::open(&path, false, "disk0").unwrap();
+        Disk::open(&path, false, CacheMode::Writeback, "disk0").unwrap();
+    }
+
+    #[test]
+    fn an_image_that_ends_within_a_block_is_refused_with_what_would_do() {
+        let (path, cache) = (PathBuf::from("root.img"), CacheMode::Directsync);
+        let error = DiskError::Block { path, size: 4608, block: 4096, cache }.to_string();
+        assert!(error.contains("truncate -s 8192 \"root.img\""), "{error}");
+        assert!(error.contains("cache=writethrough"), "{error}");
+    }
+
+    /// As after a process with an io_uring was killed: the kernel holds the file a moment longer than anyone.
+    #[test]
+    fn a_lock_that_only_lingers_is_waited_for() {
+        let _alone = FORKING.lock();
+        let (_dir, path) = image(4096);
+        for _ in 0..20 {
+            let disk = Disk::open(&path, false, CacheMode::Writeback, "disk0").unwrap();
+            let ring = io_uring::IoUring::new(1).unwrap();
+            ring.submitter().register_files(&[disk.file().as_raw_fd()]).unwrap();
+        }
+    }
+
+    #[test]
+    fn cache_modes_that_are_direct_say_so_to_the_host() {
+        for cache in CacheMode::ALL {
+            // On a disk, not where a temporary directory may be in memory.
+            let path = tempfile::NamedTempFile::new_in(".").unwrap().into_temp_path();
+            File::options().write(true).open(&path).unwrap().set_len(1 << 20).unwrap();
+            let disk = Disk::open(&path, false, cache, "disk0").unwrap();
+            let flags = fs::read_to_string(format!("/proc/self/fdinfo/{}", disk.file().as_raw_fd())).unwrap();
+            let flags = flags.lines().find_map(|line| line.strip_prefix("flags:")).unwrap().trim();
+            let direct = i32::from_str_radix(flags, 8).unwrap() & libc::O_DIRECT != 0;
+            assert_eq!(direct, [CacheMode::None, CacheMode::Directsync].contains(&cache), "{cache:?}");
+            assert_eq!(disk.alignment() == Alignment::NONE, !direct);
+        }
+    }
+
+    #[test]
+    fn a_filesystem_without_direct_transfers_is_named_with_the_mode_that_would_do() {
+        // A regular file that cannot be opened with O_DIRECT, on every Linux.
+        let path = Path::new("/proc/self/comm");
+        for (cache, instead) in [(CacheMode::None, "writeback"), (CacheMode::Directsync, "writethrough")] {
+            let error = Disk::open(path, true, cache, "disk0").unwrap_err().to_string();
+            assert!(error.contains(&format!("O_DIRECT, which cache={} needs", cache.name())), "{error}");
+            assert!(error.contains(&format!("use cache={instead}")), "{error}");
+            assert!(!error.contains('\n'));
+        }
     }
 }

@@ -1,5 +1,8 @@
-//! Disk images and the engines that move their bytes. Knows nothing of virtio or KVM.
+//! Disk images, their cache modes, and the engines that move their bytes. Knows nothing of virtio or KVM.
 
+pub mod cache;
+pub mod direct;
 pub mod disk;
 pub mod engine;
 mod lock;
+mod ranges;

@@ -15,7 +15,7 @@ const ARROWS: [(&str, &[&str]); 6] = [
 ];
 
 /// Libraries that stand for a subject, and the crates that may know it.
-const SUBJECTS: [(&str, &[&str]); 7] = [
+const SUBJECTS: [(&str, &[&str]); 8] = [
     ("kvm-ioctls", &["skiff"]),
     ("kvm-bindings", &["skiff"]),
     ("clap", &["skiff", "tests"]),
@@ -23,6 +23,7 @@ const SUBJECTS: [(&str, &[&str]); 7] = [
     ("virtio-bindings", &["devices"]),
     ("linux-loader", &["boot"]),
     ("acpi_tables", &["boot"]),
+    ("io-uring", &["block"]),
 ];
 
 fn metadata() -> Metadata {

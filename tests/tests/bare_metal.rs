@@ -59,7 +59,9 @@ impl Bench {
             let _ = writeln!(std::io::stderr(), "SKIPPED bare_metal::{test}: /dev/kvm: {error}");
             return None;
         }
-        let scratch = TempDir::new().expect("a scratch directory");
+        // Where the build is, because a temporary directory may be in memory, without O_DIRECT.
+        let test = std::env::current_exe().expect("a test has a path");
+        let scratch = TempDir::new_in(test.parent().expect("and a folder")).expect("a scratch directory");
         fs::write(scratch.path().join("guest.elf"), guest::ELF).expect("the guest is written");
         Some(Self { scratch })
     }
@@ -249,6 +251,25 @@ fn second_disk_and_its_serial_number() {
     bench.run("test=blk disk=1 serial=second", &arguments).assert_passed("blk", 1);
     first.assert_untouched();
     second.assert_written();
+}
+
+/// The guest sees the same disk through every engine, in every cache mode it goes with.
+#[test]
+fn engines_and_cache_modes() {
+    let Some(bench) = Bench::new("engines_and_cache_modes") else { return };
+    for (aio, caches) in [
+        ("threads", &["none", "writethrough", "directsync", "unsafe"][..]),
+        ("native", &["none", "directsync"]),
+        ("io_uring", &["writeback", "none", "writethrough", "directsync", "unsafe"]),
+    ] {
+        for cache in caches {
+            println!("aio={aio},cache={cache}");
+            let disk = bench.disk("disk.img");
+            let option = format!("{},aio={aio},cache={cache}", disk.option());
+            bench.run("test=blk", &["--disk", &option]).assert_passed("blk", 1);
+            disk.assert_written();
+        }
+    }
 }
 
 #[test]

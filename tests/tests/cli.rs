@@ -85,6 +85,8 @@ fn usage_that_makes_no_machine() {
         (&["--kernel", "kernel", "--disk", "path=a,redonly=on"], &["\"redonly\"", "did you mean \"readonly\"?"]),
         (&["--kernel", "kernel", "--disk", "readonly=on"], &["--disk readonly=on", "path=IMAGE"]),
         (&["--kernel", "kernel", "--disk", "path=a,format=qcow2"], &["format=qcow2", "qemu-img convert"]),
+        (&["--kernel", "kernel", "--disk", "a,aio=native"], &["aio=native", "add cache=none"]),
+        (&["--kernel", "kernel", "--disk", "a,aio=auto"], &["aio=auto", "threads, native, io_uring"]),
         (&["--kernel", "kernel", "--disk", "a,serial=123456789012345678901"], &["serial=1234", "1 to 20"]),
         (&["--kernel", "kernel", "--disk", "a,id=x", "--disk", "b,id=x"], &["\"x\"", "choose another"]),
         (&["--kernel", "kernel", "--boot-protocol", "uefi"], &["--boot-protocol", "uefi", "auto, linux"]),
@@ -234,6 +236,8 @@ fn disks_that_are_none() {
         (&["odd.img"], &["odd.img", "multiple of 512", "truncate -s 1024"]),
         (&["empty.img"], &["empty.img", "empty"]),
         (&["/dev/null"], &["/dev/null", "name a raw image"]),
+        // A regular file that no Linux opens with O_DIRECT.
+        (&["/proc/self/comm,readonly=on,cache=none"], &["/proc/self/comm", "O_DIRECT", "use cache=writeback"]),
         (&["good.img", "good.img"], &["good.img", "locked by another disk of this VM", "readonly=on"]),
         (&["good.img", "absent.img"], &["absent.img", "does not exist"]),
     ];

@@ -14,13 +14,14 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
+use block::direct::Alignment;
 use block::disk::Disk;
 use devices::acpi::PowerButton;
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM};
 
 use crate::builder::{Machine, VmBuilder};
-use crate::config::{OnReboot, SerialConfig, VmConfig};
+use crate::config::{DiskConfig, OnReboot, SerialConfig, VmConfig};
 use crate::console::{Console, ConsoleAction};
 use crate::exit::{ExitLine, ExitReason};
 use crate::kvm;
@@ -44,17 +45,22 @@ impl Resources {
     pub fn open(config: &VmConfig) -> anyhow::Result<Self> {
         let kernel = open("--kernel", &config.kernel)?;
         let initrd = config.initrd.as_deref().map(|path| open("--initrd", path)).transpose()?;
-        let disks = config
-            .disks
-            .iter()
-            .map(|disk| {
-                let opened = Disk::open(&disk.path, disk.readonly, &disk.id);
-                opened.map(Arc::new).context("--disk")
-            })
-            .collect::<anyhow::Result<_>>()?;
+        let disks = config.disks.iter().map(|disk| open_disk(disk).context("--disk")).collect::<anyhow::Result<_>>()?;
         check_console_file(config)?;
         Ok(Self { kernel, initrd, disks })
     }
+}
+
+fn open_disk(config: &DiskConfig) -> anyhow::Result<Arc<Disk>> {
+    config.aio.probe().with_context(|| config.path.display().to_string())?;
+    let disk = Disk::open(&config.path, config.readonly, config.cache, &config.id)?;
+    let how = match disk.alignment() {
+        Alignment::NONE => "the page cache".to_owned(),
+        Alignment { block, .. } => format!("O_DIRECT, in blocks of {block} bytes"),
+    };
+    let (id, path) = (disk.id(), config.path.display());
+    tracing::info!("disk {id}: {path}: aio={}, cache={} ({how})", config.aio.name(), config.cache.name());
+    Ok(Arc::new(disk))
 }
 
 /// The console empties its file, which must not be one that the machine is made of, by whatever name.

@@ -1,16 +1,22 @@
 //! For tests: what every engine must do, checked against a model that is a vector of bytes.
 
 use std::fs::{self, File};
+use std::io::ErrorKind;
 use std::os::fd::AsRawFd;
-use std::path::PathBuf;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::sync::Arc;
 
 use proptest::prelude::*;
 use tempfile::TempDir;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+use vmm_sys_util::fallocate::{FallocateMode, fallocate};
 
 use super::{Completion, Engine, Op, OpKind};
+use crate::cache::CacheMode;
+use crate::direct::Alignment;
 use crate::disk::Disk;
 
 /// Ops of one batch work on stripes of their own, so that their order does not matter.
@@ -22,12 +28,93 @@ const REGION: usize = 0x5000;
 /// Long enough that only a lost completion takes longer.
 const PATIENCE_MS: i32 = 60_000;
 
-/// An image of `size` bytes, opened.
-pub(super) fn disk(size: u64) -> (TempDir, PathBuf, Arc<Disk>) {
-    let dir = TempDir::new().unwrap();
-    let path = dir.path().join("disk.img");
-    File::create(&path).unwrap().set_len(size).unwrap();
-    let disk = Arc::new(Disk::open(&path, false, "disk0").unwrap());
+/// What an image is like.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Kind {
+    /// On a disk, every byte written before.
+    Written,
+    /// On a disk, one hole.
+    Sparse,
+    /// On a disk, with its blocks, none of them written.
+    Preallocated,
+    /// In memory, every byte written before.
+    Tmpfs,
+    /// A block device with sectors of this many bytes, every byte written before; see [`attach`].
+    Loop(usize),
+}
+
+/// The images of one test.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Bed {
+    pub(super) kind: Kind,
+    pub(super) cache: CacheMode,
+    /// The host demands this rather than what it does.
+    pub(super) alignment: Option<Alignment>,
+    /// How many random cases to try.
+    pub(super) cases: u32,
+}
+
+impl Default for Bed {
+    fn default() -> Self {
+        Self { kind: Kind::Written, cache: CacheMode::Writeback, alignment: None, cases: 48 }
+    }
+}
+
+/// What a byte of a written image is.
+fn written(n: usize) -> u8 {
+    (n % 241) as u8 + 7
+}
+
+impl Bed {
+    /// An image of `size` bytes, opened, and its content.
+    pub(super) fn disk(&self, size: usize) -> (TempDir, PathBuf, Arc<Disk>, Vec<u8>) {
+        let dir = match self.kind {
+            Kind::Tmpfs => TempDir::new_in("/dev/shm").unwrap(),
+            // Where the build is; a temporary directory may be in memory.
+            _ => TempDir::new_in(std::env::current_exe().unwrap().parent().unwrap()).unwrap(),
+        };
+        let mut path = dir.path().join("disk.img");
+        let file = File::options().write(true).create_new(true).open(&path).unwrap();
+        let content: Vec<u8> = match self.kind {
+            Kind::Written | Kind::Tmpfs | Kind::Loop(_) => (0..size).map(written).collect(),
+            Kind::Sparse | Kind::Preallocated => vec![0; size],
+        };
+        match self.kind {
+            Kind::Written | Kind::Tmpfs | Kind::Loop(_) => file.write_all_at(&content, 0).unwrap(),
+            Kind::Sparse => file.set_len(size as u64).unwrap(),
+            Kind::Preallocated => fallocate(&file, FallocateMode::ZeroRange, false, 0, size as u64).unwrap(),
+        }
+        if let Kind::Loop(sector) = self.kind {
+            path = attach(&path, sector).expect("a loop device");
+        }
+        let disk = Disk::open(&path, false, self.cache, "disk0").unwrap();
+        if let Kind::Loop(_) = self.kind {
+            // It stays until the disk is closed.
+            assert!(Command::new("losetup").arg("-d").arg(&path).status().unwrap().success());
+        }
+        if let (Kind::Loop(sector), true) = (self.kind, self.cache.is_direct()) {
+            assert_eq!(disk.alignment().block, sector as u64);
+        }
+        let disk = match self.alignment {
+            Some(alignment) => disk.with_alignment(alignment),
+            None => disk,
+        };
+        (dir, path, Arc::new(disk), content)
+    }
+}
+
+/// A loop device over `image`, or what stands against it. The caller holds [`FORKING`](crate::lock::tests::FORKING).
+pub(super) fn attach(image: &Path, sector: usize) -> Result<PathBuf, String> {
+    let mut losetup = Command::new("losetup");
+    let output = losetup.args(["--find", "--show", "--sector-size", &sector.to_string()]).arg(image).output();
+    let output = output.map_err(|error| error.to_string())?;
+    let said = |text: Vec<u8>| String::from_utf8_lossy(&text).trim().to_owned();
+    if output.status.success() { Ok(said(output.stdout).into()) } else { Err(said(output.stderr)) }
+}
+
+/// An image of `size` bytes, all zero, opened.
+pub(super) fn disk(size: usize) -> (TempDir, PathBuf, Arc<Disk>) {
+    let (dir, path, disk, _) = Bed { kind: Kind::Sparse, ..Bed::default() }.disk(size);
     (dir, path, disk)
 }
 
@@ -59,7 +146,11 @@ pub(super) fn await_completions(engine: &mut dyn Engine, count: usize) -> Vec<Co
         engine.reap(&mut completions);
         if completions.len() == before {
             let mut events = [EpollEvent::default()];
-            assert_ne!(epoll.wait(PATIENCE_MS, &mut events).unwrap(), 0, "a completion was lost");
+            match epoll.wait(PATIENCE_MS, &mut events) {
+                Ok(count) => assert_ne!(count, 0, "a completion was lost"),
+                // io_uring does its work on the thread that submitted, and interrupts it for that.
+                Err(error) => assert_eq!(error.kind(), ErrorKind::Interrupted),
+            }
         }
     }
     assert_eq!(completions.len(), count);
@@ -118,16 +209,14 @@ impl Step {
 }
 
 /// Random batches of scattered reads and writes leave image and memory as the model says.
-pub(super) fn bytes(make: impl Fn(Arc<Disk>) -> Box<dyn Engine>) {
+pub(super) fn bytes(bed: &Bed, make: impl Fn(Arc<Disk>) -> Box<dyn Engine>) {
     let size = STRIPES * STRIPE;
     let batches = prop::collection::vec(prop::collection::vec(step(), 1..=STRIPES), 1..6);
-    let config = ProptestConfig { cases: 48, failure_persistence: None, ..ProptestConfig::default() };
+    let config = ProptestConfig { cases: bed.cases, failure_persistence: None, ..ProptestConfig::default() };
     proptest!(config, |(batches in batches)| {
-        let (_dir, path, disk) = disk(size as u64);
+        let (_dir, path, disk, mut model_image) = bed.disk(size);
         let memory = memory(size);
         let mut model_memory: Vec<u8> = (0..size).map(|n| (n % 251) as u8 + 1).collect();
-        let mut model_image: Vec<u8> = (0..size).map(|n| (n % 241) as u8 + 7).collect();
-        fs::write(&path, &model_image).unwrap();
         memory.write_slice(&model_memory, GuestAddress(BASE)).unwrap();
         let mut engine = make(disk);
         for batch in batches {
@@ -149,9 +238,9 @@ pub(super) fn bytes(make: impl Fn(Arc<Disk>) -> Box<dyn Engine>) {
 }
 
 /// Of thousands in flight, each completes once, with its own op.
-pub(super) fn exactly_once(make: impl Fn(Arc<Disk>) -> Box<dyn Engine>) {
-    const COUNT: usize = 5000;
-    let (_dir, path, disk) = disk(512 * COUNT as u64);
+pub(super) fn exactly_once(bed: &Bed, make: impl Fn(Arc<Disk>) -> Box<dyn Engine>) {
+    const COUNT: usize = 4096;
+    let (_dir, path, disk, _) = bed.disk(512 * COUNT);
     let memory = memory(512 * COUNT);
     for n in 0..COUNT {
         memory.write_obj(n as u32, GuestAddress(at(n * 512))).unwrap();
@@ -182,8 +271,8 @@ pub(super) fn exactly_once(make: impl Fn(Arc<Disk>) -> Box<dyn Engine>) {
 }
 
 /// A buffer outside guest memory fails its op and no other, and nothing is transferred for it.
-pub(super) fn bad_buffers(make: impl Fn(Arc<Disk>) -> Box<dyn Engine>) {
-    let (_dir, path, disk) = disk(4096);
+pub(super) fn bad_buffers(bed: &Bed, make: impl Fn(Arc<Disk>) -> Box<dyn Engine>) {
+    let (_dir, path, disk, content) = bed.disk(4096);
     let memory = memory(REGION);
     memory.write_slice(&[5; 512], GuestAddress(at(0))).unwrap();
     let mut engine = make(disk);
@@ -200,13 +289,13 @@ pub(super) fn bad_buffers(make: impl Fn(Arc<Disk>) -> Box<dyn Engine>) {
         assert_eq!(errno, (completion.tag != 3).then_some(libc::EFAULT), "op {}", completion.tag);
     }
     let image = fs::read(path).unwrap();
-    assert_eq!(image[..1024], [0; 1024]);
+    assert_eq!(image[..1024], content[..1024]);
     assert_eq!(image[1024..1536], [5; 512]);
 }
 
 /// `drain` returns everything that was pushed, submitted or not, and the engine goes on working.
-pub(super) fn drain(make: impl Fn(Arc<Disk>) -> Box<dyn Engine>) {
-    let (_dir, _path, disk) = disk(1 << 20);
+pub(super) fn drain(bed: &Bed, make: impl Fn(Arc<Disk>) -> Box<dyn Engine>) {
+    let (_dir, _path, disk, _) = bed.disk(1 << 20);
     let memory = memory(1 << 20);
     let mut engine = make(disk);
     for round in 0..20 {
@@ -223,5 +312,35 @@ pub(super) fn drain(make: impl Fn(Arc<Disk>) -> Box<dyn Engine>) {
         completions.clear();
         engine.reap(&mut completions);
         assert!(completions.is_empty());
+    }
+}
+
+/// Writes of the sectors of one block, all at once, do not undo each other.
+pub(super) fn neighbours(bed: &Bed, make: impl Fn(Arc<Disk>) -> Box<dyn Engine>) {
+    const BLOCKS: usize = 16;
+    let (_dir, path, disk, _) = bed.disk(BLOCKS * 4096);
+    let memory = memory(BLOCKS * 4096);
+    let mut engine = make(disk);
+    for round in 1..=6_usize {
+        let mut expected = Vec::new();
+        for block in 0..BLOCKS {
+            // A block is written in one piece, or in eight.
+            let pieces = if (block + round).is_multiple_of(3) { 1 } else { 8 };
+            let len = 4096 / pieces;
+            for piece in 0..pieces {
+                let at_byte = block * 4096 + piece * len;
+                let sector = vec![(round * 40 + block + piece) as u8; len];
+                memory.write_slice(&sector, GuestAddress(at(at_byte))).unwrap();
+                expected.extend(sector);
+                let write = op(OpKind::Write { durable: false }, at_byte as u64, &[(at_byte, len)], &memory);
+                engine.push(write, (block * 8 + piece) as u16);
+            }
+        }
+        let mut completions = Vec::new();
+        engine.drain(&mut completions);
+        for completion in completions {
+            completion.result.unwrap();
+        }
+        assert!(fs::read(&path).unwrap() == expected, "round {round}");
     }
 }

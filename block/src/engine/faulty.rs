@@ -8,7 +8,9 @@ use std::sync::{Arc, Condvar, Mutex};
 use libc::iovec;
 
 use super::transfer::Image;
+use crate::direct::Alignment;
 use crate::disk::Disk;
+use crate::ranges::Ranges;
 
 /// What becomes of one system call.
 #[derive(Clone, Copy, Debug)]
@@ -80,12 +82,14 @@ fn shorten(buffers: &[iovec], mut count: usize) -> Vec<iovec> {
 
 impl Image for Faulty {
     unsafe fn read_at(&self, buffers: &[iovec], offset: u64) -> io::Result<usize> {
+        assert!(self.alignment().fits(buffers, offset));
         let count = self.begin(Call::Read { offset, buffers: buffers.len() })?;
         // SAFETY: these are parts of the caller's buffers.
         unsafe { self.disk.read_at(&shorten(buffers, count), offset) }
     }
 
     unsafe fn write_at(&self, buffers: &[iovec], offset: u64, durable: bool) -> io::Result<usize> {
+        assert!(self.alignment().fits(buffers, offset));
         let count = self.begin(Call::Write { offset, buffers: buffers.len(), durable })?;
         // SAFETY: as for reading.
         unsafe { self.disk.write_at(&shorten(buffers, count), offset, durable) }
@@ -94,5 +98,12 @@ impl Image for Faulty {
     fn flush(&self) -> io::Result<()> {
         self.begin(Call::Flush)?;
         Disk::flush(&self.disk)
+    }
+    fn alignment(&self) -> Alignment {
+        self.disk.alignment()
+    }
+
+    fn ranges(&self) -> &Ranges {
+        self.disk.ranges()
     }
 }

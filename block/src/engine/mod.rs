@@ -7,8 +7,14 @@ use std::sync::Arc;
 use vm_memory::{GuestAddress, GuestMemoryMmap};
 use vmm_sys_util::eventfd::EventFd;
 
+mod aio;
+pub mod native;
+mod ring;
 pub mod threads;
 mod transfer;
+pub mod uring;
+
+pub use aio::{Aio, Unusable};
 
 /// What an [`Op`] asks of the image. Offsets and lengths are in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -78,3 +84,5 @@ pub trait Engine: Send {
 mod conformance;
 #[cfg(test)]
 mod faulty;
+#[cfg(test)]
+mod matrix;

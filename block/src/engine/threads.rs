@@ -11,12 +11,15 @@ use std::time::Duration;
 
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use super::transfer::{Image, transfer};
+use super::transfer::{Image, Scratch, transfer};
 use super::{Completion, Engine, Op};
 use crate::disk::Disk;
 
 /// The most threads of one pool, if nothing else is said.
 pub const DEFAULT_THREADS: NonZeroUsize = NonZeroUsize::new(16).unwrap();
+
+/// The most threads of a pool that helps another engine.
+const HELPERS: NonZeroUsize = NonZeroUsize::new(4).unwrap();
 
 /// A thread without work for this long ends, except the last.
 const IDLE: Duration = Duration::from_secs(5);
@@ -84,15 +87,27 @@ impl ThreadPool {
     /// # Errors
     /// When the host gives no eventfd or no thread at all; later only fewer threads than wanted.
     pub fn new(disk: Arc<Disk>, threads: NonZeroUsize, name: &str) -> io::Result<Self> {
-        Self::start(disk, threads, name, IDLE)
+        Self::start(disk, threads, name, IDLE, EventFd::new(EFD_NONBLOCK)?)
     }
 
-    fn start(image: Arc<dyn Image>, threads: NonZeroUsize, name: &str, idle: Duration) -> io::Result<Self> {
+    /// The helper of another engine: does what that cannot. Its completions are announced on `completed`, a clone of
+    /// that engine's event.
+    pub(super) fn helper(image: Arc<dyn Image>, name: &str, completed: EventFd) -> io::Result<Self> {
+        Self::start(image, HELPERS, name, IDLE, completed)
+    }
+
+    fn start(
+        image: Arc<dyn Image>,
+        threads: NonZeroUsize,
+        name: &str,
+        idle: Duration,
+        completed: EventFd,
+    ) -> io::Result<Self> {
         let shared = Arc::new(Shared {
             image,
             name: name.to_owned(),
             idle,
-            completed: EventFd::new(EFD_NONBLOCK)?,
+            completed,
             state: Mutex::new(State { limit: threads.get(), ..State::default() }),
             work: Condvar::new(),
             drained: Condvar::new(),
@@ -195,7 +210,7 @@ impl Shared {
 
     /// The life of a thread.
     fn serve(self: &Arc<Self>) {
-        let mut buffers = Vec::new();
+        let mut scratch = Scratch::default();
         self.lock().waking = false;
         let mut finished = None;
         loop {
@@ -205,7 +220,7 @@ impl Shared {
                 let _ = self.completed.write(1);
             }
             let Some(job) = job.or_else(|| self.wait()) else { return };
-            let result = transfer(&*self.image, &job.op, &mut buffers);
+            let result = transfer(&*self.image, &job.op, &mut scratch);
             finished = Some(Completion { tag: job.tag, op: job.op, result });
         }
     }
@@ -272,11 +287,15 @@ mod tests {
     use super::*;
 
     use crate::engine::OpKind;
-    use crate::engine::conformance::{self, await_completions, disk, memory, op};
+    use crate::engine::conformance::{self, Bed, await_completions, disk, memory, op};
     use crate::engine::faulty::{Call, Faulty};
 
     fn limit(threads: usize) -> NonZeroUsize {
         NonZeroUsize::new(threads).unwrap()
+    }
+
+    fn event() -> EventFd {
+        EventFd::new(EFD_NONBLOCK).unwrap()
     }
 
     fn pool(threads: usize) -> impl Fn(Arc<Disk>) -> Box<dyn Engine> {
@@ -285,25 +304,25 @@ mod tests {
 
     #[test]
     fn moves_the_right_bytes() {
-        conformance::bytes(pool(1));
-        conformance::bytes(pool(4));
+        conformance::bytes(&Bed::default(), pool(1));
+        conformance::bytes(&Bed::default(), pool(4));
     }
 
     #[test]
     fn completes_exactly_once() {
-        conformance::exactly_once(pool(1));
-        conformance::exactly_once(pool(16));
+        conformance::exactly_once(&Bed::default(), pool(1));
+        conformance::exactly_once(&Bed::default(), pool(16));
     }
 
     #[test]
     fn refuses_bad_buffers() {
-        conformance::bad_buffers(pool(4));
+        conformance::bad_buffers(&Bed::default(), pool(4));
     }
 
     #[test]
     fn drains() {
-        conformance::drain(pool(1));
-        conformance::drain(pool(4));
+        conformance::drain(&Bed::default(), pool(1));
+        conformance::drain(&Bed::default(), pool(4));
     }
 
     #[test]
@@ -311,7 +330,7 @@ mod tests {
         let (_dir, _path, disk) = disk(1 << 20);
         let memory = memory(4096);
         let image = Faulty::new(disk, &[]);
-        let mut pool = ThreadPool::start(image.clone(), limit(1), "test-io", IDLE).unwrap();
+        let mut pool = ThreadPool::start(image.clone(), limit(1), "test-io", IDLE, event()).unwrap();
         for tag in 0..200 {
             pool.push(op(OpKind::Read, u64::from(tag) * 512, &[(0, 512)], &memory), tag);
             pool.submit();
@@ -326,7 +345,7 @@ mod tests {
         let (_dir, _path, disk) = disk(1 << 20);
         let memory = memory(4096);
         let image = Faulty::new(disk, &[]);
-        let mut pool = ThreadPool::start(image.clone(), limit(5), "test-io", Duration::ZERO).unwrap();
+        let mut pool = ThreadPool::start(image.clone(), limit(5), "test-io", Duration::ZERO, event()).unwrap();
         image.hold(true);
         for tag in 0..20 {
             pool.push(op(OpKind::Read, 0, &[(0, 512)], &memory), tag);
@@ -370,7 +389,7 @@ mod tests {
         let (_dir, _path, disk) = disk(4096);
         let memory = memory(4096);
         let image = Faulty::new(disk, &[]);
-        let mut pool = ThreadPool::start(image.clone(), limit(2), "test-io", IDLE).unwrap();
+        let mut pool = ThreadPool::start(image.clone(), limit(2), "test-io", IDLE, event()).unwrap();
         image.hold(true);
         for tag in 0..10 {
             pool.push(op(OpKind::Flush, 0, &[], &memory), tag);

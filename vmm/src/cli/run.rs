@@ -37,12 +37,12 @@ pub(super) struct RunArgs {
     #[arg(long, value_name = "SIZE[,hugepages=on|off][,prefault=on|off][,shared=on|off]", allow_hyphen_values = true)]
     memory: Option<String>,
     /// A raw disk image or block device, seen by the guest as virtio-blk; repeat for more disks
-    #[arg(
-        long,
-        value_name = "path=FILE[,readonly=on|off][,serial=TEXT][,id=NAME][,format=raw][,aio=threads]\
-                      [,cache=writeback][,ioeventfd=on|off]",
-        value_hint = clap::ValueHint::FilePath
-    )]
+    ///
+    /// Keys: readonly=on|off, serial=TEXT, id=NAME, format=raw, ioeventfd=on|off, aio=threads|io_uring|native (what moves
+    /// the bytes; native is Linux AIO and needs cache=none or cache=directsync) [default: threads],
+    /// cache=writeback|none|writethrough|directsync|unsafe (none and directsync go past the host's page cache, unsafe
+    /// ignores flushes) [default: writeback].
+    #[arg(long, value_name = "path=FILE[,KEY=VALUE]...", value_hint = clap::ValueHint::FilePath)]
     disk: Vec<String>,
     /// What COM1 is connected to [default: stdio]
     #[arg(long, value_name = "stdio|file=PATH|pty|socket=PATH|none")]

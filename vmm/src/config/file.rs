@@ -189,10 +189,10 @@ pub fn to_toml(vm: &VmConfig) -> Result<String, ConfigError> {
         }
         line(&mut out, "readonly", disk.readonly);
         line(&mut out, "ioeventfd", disk.ioeventfd);
-        // The only ones there are, written out so that nobody has to guess.
+        line(&mut out, "aio", text(disk.aio.name()));
+        line(&mut out, "cache", text(disk.cache.name()));
+        // The only one there is, written out so that nobody has to guess.
         line(&mut out, "format", text("raw"));
-        line(&mut out, "aio", text("threads"));
-        line(&mut out, "cache", text("writeback"));
     }
     Ok(out)
 }
@@ -217,6 +217,8 @@ fn path(path: &Path) -> Result<&str, ConfigError> {
 mod tests {
     use super::*;
     use crate::config::{BootProtocol, DiskConfig, MemoryConfig};
+    use block::cache::CacheMode;
+    use block::engine::Aio;
     use proptest::prelude::*;
     use std::path::PathBuf;
     use std::time::Duration;
@@ -246,12 +248,16 @@ mod tests {
             readonly = true
             id = "data"
             serial = "1"
+            aio = "io_uring"
+            cache = "none"
         "#;
         let disk = |path: &str, id: &str, serial: Option<&str>, readonly| DiskConfig {
             path: path.into(),
             id: id.into(),
             serial: serial.map(str::to_owned),
             readonly,
+            aio: if id == "data" { Aio::IoUring } else { Aio::Threads },
+            cache: if id == "data" { CacheMode::None } else { CacheMode::Writeback },
             ioeventfd: true,
         };
         let expected = VmConfig {
@@ -349,11 +355,16 @@ mod tests {
         fn any_path()(name in "/[^\0]{1,20}") -> PathBuf { name.into() }
     }
 
+    fn any_engine() -> impl Strategy<Value = (Aio, CacheMode)> {
+        let all = (proptest::sample::select(&Aio::ALL[..]), proptest::sample::select(&CacheMode::ALL[..]));
+        all.prop_filter("impossible", |(aio, cache)| aio.goes_with(*cache))
+    }
+
     prop_compose! {
         fn any_disk()(
             path in any_path(), id in "d[a-z0-9._-]{0,8}", serial in proptest::option::of("[ -~]{1,20}"),
-            readonly: bool, ioeventfd: bool,
-        ) -> DiskConfig { DiskConfig { path, id, serial, readonly, ioeventfd } }
+            readonly: bool, ioeventfd: bool, (aio, cache) in any_engine(),
+        ) -> DiskConfig { DiskConfig { path, id, serial, readonly, aio, cache, ioeventfd } }
     }
 
     fn any_serial() -> impl Strategy<Value = SerialConfig> {

@@ -16,6 +16,9 @@ mod value;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use block::cache::CacheMode;
+use block::engine::Aio;
+
 pub use file::{KEYS, to_toml};
 pub use options::{DISK_KEYS, MEMORY_KEYS, SERIAL_KEYS};
 pub use place::{ConfigError, Place};
@@ -114,6 +117,10 @@ pub struct DiskConfig {
     pub serial: Option<String>,
     /// The guest may not write.
     pub readonly: bool,
+    /// What moves the bytes. It goes with `cache`.
+    pub aio: Aio,
+    /// What stands between a write of the guest and stable storage.
+    pub cache: CacheMode,
     /// Doorbells arrive through ioeventfds; off: they exit to the vCPU thread first.
     pub ioeventfd: bool,
 }

@@ -1,5 +1,8 @@
 //! The options that are lists of settings: `--memory`, `--disk`, `--serial`. Used on the main thread.
 
+use block::cache::CacheMode;
+use block::engine::Aio;
+
 use super::list::Settings;
 use super::place::{ConfigError, Place};
 use super::request::DiskRequest;
@@ -44,16 +47,41 @@ pub(super) fn memory(settings: &Settings) -> Result<MemoryConfig, ConfigError> {
 
 pub(super) fn disk(settings: &Settings) -> Result<DiskRequest, ConfigError> {
     offered(settings, "format", &["raw"], &["qcow", "qcow2", "qed", "vdi", "vhdx", "vmdk", "vpc"])?;
-    offered(settings, "aio", &["threads"], &["native", "io_uring"])?;
-    offered(settings, "cache", &["writeback"], &["none", "writethrough", "directsync", "unsafe"])?;
+    let aio = choice(settings, "aio", &Aio::ALL, Aio::name)?;
+    let cache = choice(settings, "cache", &CacheMode::ALL, CacheMode::name)?;
+    if !aio.goes_with(cache) {
+        return Err(settings.place().error(format_args!(
+            "aio={} needs cache=none or cache=directsync: through the page cache, which cache={} uses, it would wait for \
+             every transfer; add cache=none, or use aio=io_uring or aio=threads",
+            aio.name(),
+            cache.name()
+        )));
+    }
     let path = settings.path("path")?;
     Ok(DiskRequest {
         path: path.ok_or_else(|| settings.place().error("a disk needs an image; write path=IMAGE"))?,
         id: settings.value("id", value::id)?,
         serial: settings.value("serial", value::disk_serial)?,
         readonly: settings.switch("readonly", false)?,
+        aio,
+        cache,
         ioeventfd: settings.switch("ioeventfd", true)?,
         place: settings.place().clone(),
+    })
+}
+
+/// The choice of the user between `all`, or the default.
+fn choice<T: Copy + Default>(
+    settings: &Settings,
+    key: &str,
+    all: &[T],
+    name: fn(T) -> &'static str,
+) -> Result<T, ConfigError> {
+    let Some(setting) = settings.get(key) else { return Ok(T::default()) };
+    let chosen = all.iter().copied().find(|&one| name(one) == setting.value);
+    chosen.ok_or_else(|| {
+        let names: Vec<_> = all.iter().copied().map(name).collect();
+        setting.error(format_args!("no such {key}; say {}", names.join(", ")))
     })
 }
 

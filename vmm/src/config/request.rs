@@ -3,6 +3,9 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
+use block::cache::CacheMode;
+use block::engine::Aio;
+
 use super::list::Settings;
 use super::place::{ConfigError, Place};
 use super::{BootProtocol, DiskConfig, MemoryConfig, OnReboot, SerialConfig, VmConfig, options, value};
@@ -45,6 +48,10 @@ pub struct DiskRequest {
     pub serial: Option<String>,
     /// See [`DiskConfig::readonly`].
     pub readonly: bool,
+    /// See [`DiskConfig::aio`].
+    pub aio: Aio,
+    /// See [`DiskConfig::cache`].
+    pub cache: CacheMode,
     /// See [`DiskConfig::ioeventfd`].
     pub ioeventfd: bool,
     /// Where it was written, for complaints.
@@ -142,8 +149,8 @@ fn disks(requests: Vec<DiskRequest>) -> Result<Vec<DiskConfig>, ConfigError> {
                 .place
                 .error(format_args!("the id \"{id}\" belongs to {path}; choose another with id=")));
         }
-        let DiskRequest { path, serial, readonly, ioeventfd, .. } = request;
-        disks.push(DiskConfig { path, id, serial, readonly, ioeventfd });
+        let DiskRequest { path, serial, readonly, aio, cache, ioeventfd, .. } = request;
+        disks.push(DiskConfig { path, id, serial, readonly, aio, cache, ioeventfd });
     }
     Ok(disks)
 }
@@ -167,7 +174,15 @@ mod tests {
     }
 
     fn disk(path: &str, id: &str) -> DiskConfig {
-        DiskConfig { path: path.into(), id: id.into(), serial: None, readonly: false, ioeventfd: true }
+        DiskConfig {
+            path: path.into(),
+            id: id.into(),
+            serial: None,
+            readonly: false,
+            aio: Aio::Threads,
+            cache: CacheMode::Writeback,
+            ioeventfd: true,
+        }
     }
 
     #[test]
@@ -204,6 +219,8 @@ mod tests {
                     id: "data".into(),
                     serial: Some("S 1".into()),
                     readonly: true,
+                    aio: Aio::Native,
+                    cache: CacheMode::Directsync,
                     ioeventfd: false,
                 },
             ],
@@ -222,7 +239,7 @@ mod tests {
             ("disk", "root.img"),
             (
                 "disk",
-                "path=a,,b.img,id=data,serial=S 1,readonly=on,ioeventfd=off,format=raw,aio=threads,cache=writeback",
+                "path=a,,b.img,id=data,serial=S 1,readonly=on,ioeventfd=off,format=raw,aio=native,cache=directsync",
             ),
             ("serial", "file=console.log"),
             ("debug-exit", "0xf4"),
@@ -258,9 +275,19 @@ mod tests {
                  (keys: size, hugepages, prefault, shared)",
             ),
             ("disk", "readonly=on", "--disk readonly=on: a disk needs an image; write path=IMAGE"),
-            ("disk", "x,aio=native", "--disk x,aio=native: aio=native: this build offers aio=threads"),
-            ("disk", "x,aio=fast", "--disk x,aio=fast: aio=fast: no such aio; this build offers aio=threads"),
-            ("disk", "x,cache=none", "--disk x,cache=none: cache=none: this build offers cache=writeback"),
+            ("disk", "x,aio=fast", "--disk x,aio=fast: aio=fast: no such aio; say threads, native, io_uring"),
+            (
+                "disk",
+                "x,cache=off",
+                "--disk x,cache=off: cache=off: no such cache; say writeback, none, writethrough, directsync, unsafe",
+            ),
+            (
+                "disk",
+                "x,aio=native",
+                "--disk x,aio=native: aio=native needs cache=none or cache=directsync: through the page cache, which \
+                 cache=writeback uses, it would wait for every transfer; add cache=none, or use aio=io_uring or \
+                 aio=threads",
+            ),
             (
                 "disk",
                 "x,format=qcow2",
@@ -295,6 +322,22 @@ mod tests {
             machine(&[]),
             Err("--kernel is missing: name a kernel, or a file that has one with --config vm.toml".to_owned())
         );
+    }
+
+    #[test]
+    fn engines_and_cache_modes() {
+        for aio in ["threads", "native", "io_uring"] {
+            for cache in ["writeback", "none", "writethrough", "directsync", "unsafe"] {
+                let text = format!("x,aio={aio},cache={cache}");
+                let vm = machine(&[("kernel", "k"), ("disk", &text)]);
+                if aio == "native" && cache != "none" && cache != "directsync" {
+                    assert!(vm.unwrap_err().contains("aio=native needs cache=none or cache=directsync"));
+                } else {
+                    let disk = &vm.unwrap().disks[0];
+                    assert_eq!((disk.aio.name(), disk.cache.name()), (aio, cache));
+                }
+            }
+        }
     }
 
     #[test]

@@ -4,13 +4,13 @@ use std::fs::{self, OpenOptions};
 use std::io;
 use std::path::Path;
 
-use io_uring::IoUring;
+use block::engine::uring;
 
 use super::Check;
 
 pub(super) fn checks(root: &Path) -> Vec<Check> {
     vec![
-        io_uring(root, IoUring::new(8).map(drop)),
+        io_uring(uring::probe()),
         linux_aio(root),
         device(&TUN, open(root, &TUN)),
         device(&VHOST_NET, open(root, &VHOST_NET)),
@@ -19,31 +19,11 @@ pub(super) fn checks(root: &Path) -> Vec<Check> {
     ]
 }
 
-/// What io_uring_setup(2) answered, and why it may have.
-fn io_uring(root: &Path, setup: io::Result<()>) -> Check {
+fn io_uring(probed: Result<(), uring::Missing>) -> Check {
     let name = "io-uring";
-    let Err(error) = setup else { return Check::ok(name, "works") };
-    let disabled = read(root, "proc/sys/kernel/io_uring_disabled");
-    match (error.raw_os_error(), disabled.trim()) {
-        (Some(libc::ENOSYS), _) => {
-            Check::warning(name, "not in this kernel", "use Linux 5.1 or newer with CONFIG_IO_URING")
-        }
-        (Some(libc::EPERM), level @ ("1" | "2")) => Check::warning(
-            name,
-            format!("forbidden by kernel.io_uring_disabled = {level}"),
-            "allow it with \"sudo sysctl kernel.io_uring_disabled=0\"",
-        ),
-        (Some(libc::EPERM), _) => Check::warning(
-            name,
-            "forbidden, most likely by the seccomp filter of a container",
-            "allow io_uring_setup, io_uring_enter and io_uring_register in the container's seccomp profile",
-        ),
-        (Some(libc::ENOMEM), _) => Check::warning(
-            name,
-            "the memory lock limit leaves no room for its rings",
-            "raise it with \"ulimit -l unlimited\", for good in /etc/security/limits.conf",
-        ),
-        _ => Check::warning(name, error.to_string(), "look for the reason with \"sudo dmesg\""),
+    match probed {
+        Ok(()) => Check::ok(name, "works"),
+        Err(missing) => Check::warning(name, missing.to_string(), missing.remedy()),
     }
 }
 
@@ -156,28 +136,12 @@ mod tests {
         root
     }
 
-    fn uring(errno: i32, disabled: &str) -> Check {
-        let root = host(&[("proc/sys/kernel/io_uring_disabled", disabled)]);
-        io_uring(root.path(), Err(io::Error::from_raw_os_error(errno)))
-    }
-
     #[test]
-    fn reasons_why_there_is_no_io_uring() {
-        for (errno, disabled, message, remedy) in [
-            (libc::ENOSYS, "0\n", "not in this kernel", "Linux 5.1"),
-            (libc::EPERM, "2\n", "forbidden by kernel.io_uring_disabled = 2", "io_uring_disabled=0"),
-            (libc::EPERM, "1\n", "forbidden by kernel.io_uring_disabled = 1", "io_uring_disabled=0"),
-            (libc::EPERM, "0\n", "seccomp filter", "seccomp profile"),
-            (libc::EPERM, "", "seccomp filter", "seccomp profile"),
-            (libc::ENOMEM, "0\n", "memory lock limit", "ulimit -l"),
-            (libc::EMFILE, "0\n", "Too many open files", "dmesg"),
-        ] {
-            let check = uring(errno, disabled);
-            assert_eq!(check.status, Status::Warning);
-            assert!(check.message.contains(message), "{check:?}");
-            assert!(check.remedy.as_ref().unwrap().contains(remedy), "{check:?}");
-        }
-        assert_eq!(io_uring(Path::new("/nonexistent"), Ok(())), Check::ok("io-uring", "works"));
+    fn io_uring_may_be_forbidden() {
+        assert_eq!(io_uring(Ok(())), Check::ok("io-uring", "works"));
+        let check = io_uring(Err(uring::Missing::Sysctl(2)));
+        assert_eq!(check.message, "io_uring is forbidden by kernel.io_uring_disabled = 2");
+        assert_eq!(check.remedy.unwrap(), "allow it with \"sudo sysctl kernel.io_uring_disabled=0\"");
     }
 
     #[test]

@@ -4,8 +4,9 @@
 use std::io;
 use std::sync::{Arc, Mutex};
 
+use block::cache::CacheMode;
 use block::disk::{Disk, SECTOR_SIZE};
-use block::engine::threads::{DEFAULT_THREADS, ThreadPool};
+use block::engine::Aio;
 use thiserror::Error;
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_ID_BYTES,
@@ -41,6 +42,8 @@ pub struct BlkOptions {
     pub number: usize,
     /// What the guest reads as serial number, its first 20 bytes. None reads as empty.
     pub serial: Option<String>,
+    /// What moves the bytes.
+    pub aio: Aio,
 }
 
 /// How the driver broke a queue of this device, or the host its worker.
@@ -63,6 +66,7 @@ pub struct Blk {
     disk: Arc<Disk>,
     number: usize,
     serial: Serial,
+    aio: Aio,
     workers: Vec<Worker<()>>,
     /// Across resets, for a guest can reset as often as it likes.
     log: Arc<Mutex<LogLimit>>,
@@ -75,18 +79,24 @@ impl Blk {
         for (to, from) in serial.iter_mut().zip(options.serial.iter().flat_map(|serial| serial.bytes())) {
             *to = from;
         }
-        Self { disk, number: options.number, serial, workers: Vec::new(), log: Arc::default() }
+        Self { disk, number: options.number, serial, aio: options.aio, workers: Vec::new(), log: Arc::default() }
     }
 
     fn rules(&self, features: u64) -> Rules {
-        let durable = features & 1 << VIRTIO_BLK_F_FLUSH == 0;
-        Rules { size: self.disk.size(), readonly: self.disk.readonly(), durable }
+        let cache = self.disk.cache();
+        let can_flush = cache.has_write_cache() && features & 1 << VIRTIO_BLK_F_FLUSH != 0;
+        Rules {
+            size: self.disk.size(),
+            readonly: self.disk.readonly(),
+            durable: !can_flush && cache != CacheMode::Unsafe,
+            flush: cache.has_write_cache() && cache != CacheMode::Unsafe,
+        }
     }
 
     fn start(&self, queue: ActiveQueue, context: Context) -> io::Result<Worker<()>> {
         let name = format!("blk{}-q{}", self.number, queue.index);
-        let engine = ThreadPool::new(self.disk.clone(), DEFAULT_THREADS, &format!("{name}-io"))?;
-        let worker = QueueWorker::new(context, queue, Box::new(engine))?;
+        let engine = self.aio.start(self.disk.clone(), &format!("{name}-io"))?;
+        let worker = QueueWorker::new(context, queue, engine)?;
         Worker::spawn(&name, move |stop| worker.run(&stop))
     }
 }
@@ -98,7 +108,8 @@ impl VirtioDevice for Blk {
 
     fn features(&self) -> u64 {
         let readonly = u64::from(self.disk.readonly()) << VIRTIO_BLK_F_RO;
-        readonly | 1 << VIRTIO_BLK_F_SEG_MAX | 1 << VIRTIO_BLK_F_BLK_SIZE | 1 << VIRTIO_BLK_F_FLUSH
+        let flush = u64::from(self.disk.cache().has_write_cache()) << VIRTIO_BLK_F_FLUSH;
+        readonly | flush | 1 << VIRTIO_BLK_F_SEG_MAX | 1 << VIRTIO_BLK_F_BLK_SIZE
     }
 
     fn queue_sizes(&self) -> &[u16] {
@@ -140,7 +151,7 @@ impl VirtioDevice for Blk {
         Ok(())
     }
 
-    /// Also flushes the disk if the guest wrote to it: each worker does when it stops.
+    /// Also flushes the disk if the guest wrote to it and the cache mode flushes: each worker does when it stops.
     fn reset(&mut self) {
         self.workers.drain(..).for_each(Worker::stop);
     }

@@ -26,6 +26,8 @@ pub(super) struct Rules {
     pub(super) readonly: bool,
     /// The driver cannot flush, so a write is complete only when it is stable (virtio 1.2, 5.2.6.2).
     pub(super) durable: bool,
+    /// A flush does something; else it is answered at once.
+    pub(super) flush: bool,
 }
 
 /// What a request asks for, validated.
@@ -36,7 +38,7 @@ pub(super) enum Action {
     /// Answer with the serial number; the buffers as above.
     Identify,
     /// Answer with this.
-    Refuse(Status),
+    Answer(Status),
 }
 
 /// The status byte.
@@ -82,7 +84,7 @@ impl Request {
         let mut request = Self { head: chain.head, status: status.ok_or(Broken::NoStatus(chain.head))?, data_in: 0 };
         let action = match read_header(&chain.segments, memory) {
             Some(header) => request.validate(&header, &chain.segments, rules, buffers),
-            None => Action::Refuse(Status::IoError),
+            None => Action::Answer(Status::IoError),
         };
         Ok((request, action))
     }
@@ -97,22 +99,23 @@ impl Request {
         match header.kind {
             VIRTIO_BLK_T_IN => {
                 collect_writable(segments, buffers);
-                let Some((offset, len)) = place(header, buffers, rules) else { return Action::Refuse(Status::IoError) };
+                let Some((offset, len)) = place(header, buffers, rules) else { return Action::Answer(Status::IoError) };
                 self.data_in = len;
                 Action::Transfer(OpKind::Read, offset)
             }
-            VIRTIO_BLK_T_OUT if rules.readonly => Action::Refuse(Status::IoError),
+            VIRTIO_BLK_T_OUT if rules.readonly => Action::Answer(Status::IoError),
             VIRTIO_BLK_T_OUT => {
                 collect_readable(segments, buffers);
-                let Some((offset, _)) = place(header, buffers, rules) else { return Action::Refuse(Status::IoError) };
+                let Some((offset, _)) = place(header, buffers, rules) else { return Action::Answer(Status::IoError) };
                 Action::Transfer(OpKind::Write { durable: rules.durable }, offset)
             }
+            VIRTIO_BLK_T_FLUSH if !rules.flush => Action::Answer(Status::Ok),
             VIRTIO_BLK_T_FLUSH => Action::Transfer(OpKind::Flush, 0),
             VIRTIO_BLK_T_GET_ID => {
                 collect_writable(segments, buffers);
                 Action::Identify
             }
-            _ => Action::Refuse(Status::Unsupported),
+            _ => Action::Answer(Status::Unsupported),
         }
     }
 

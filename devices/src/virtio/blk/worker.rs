@@ -89,7 +89,7 @@ impl QueueWorker {
             self.context.interrupt.needs_reset();
         }
         self.drain();
-        if self.wrote {
+        if self.wrote && self.context.rules.flush {
             let flush = self.new_op();
             self.engine.push(flush, 0);
             self.drain();
@@ -128,9 +128,9 @@ impl QueueWorker {
     /// Answers what is completed, starts what is available; `false` if there was neither.
     fn round(&mut self) -> Result<bool, Broken> {
         let completed = self.complete()?;
-        let (taken, refused) = self.take()?;
+        let (taken, answered) = self.take()?;
         self.engine.submit();
-        if (completed || refused) && self.queue.needs_interrupt()? {
+        if (completed || answered) && self.queue.needs_interrupt()? {
             self.context.interrupt.queue(self.index);
         }
         Ok(completed || taken)
@@ -174,7 +174,7 @@ impl QueueWorker {
                     continue;
                 }
                 Action::Identify => request.identify(&self.context.serial, &op.segments, &self.context.memory),
-                Action::Refuse(status) => status,
+                Action::Answer(status) => status,
             };
             self.spare.push(op);
             self.answer(request, status)?;

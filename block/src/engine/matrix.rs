@@ -1,0 +1,310 @@
+//! For tests: every engine, on every kind of image, in every cache mode it goes with; and engines over rings that
+//! misbehave.
+
+use std::collections::VecDeque;
+use std::io::Write;
+use std::os::fd::AsRawFd;
+use std::process::Command;
+use std::sync::Arc;
+
+use libc::iovec;
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use super::conformance::{self, Bed, Kind, attach, await_completions, memory, op};
+use super::native::Native;
+use super::ring::{Ring, RingEngine};
+use super::uring::Uring;
+use super::{Aio, Engine, OpKind};
+use crate::cache::CacheMode;
+use crate::direct::Alignment;
+use crate::disk::Disk;
+use crate::lock::tests::FORKING;
+
+/// An engine with an image and a cache mode each.
+fn combinations() -> impl Iterator<Item = (Aio, Bed)> {
+    let kinds = [Kind::Written, Kind::Sparse, Kind::Preallocated, Kind::Tmpfs];
+    Aio::ALL.into_iter().flat_map(move |aio| {
+        CacheMode::ALL.into_iter().filter(move |&cache| aio.goes_with(cache)).flat_map(move |cache| {
+            // Before Linux 6.6 nothing in memory can be opened with O_DIRECT.
+            let kinds = kinds.into_iter().filter(move |&kind| kind != Kind::Tmpfs || !cache.is_direct());
+            kinds.map(move |kind| (aio, Bed { kind, cache, alignment: None, cases: 4 }))
+        })
+    })
+}
+
+fn start(aio: Aio) -> impl Fn(Arc<Disk>) -> Box<dyn Engine> {
+    move |disk| aio.start(disk, "test-io").unwrap()
+}
+
+/// 4096-byte blocks, as of a disk with such sectors.
+const COARSE: Alignment = Alignment { memory: 512, block: 4096 };
+
+#[test]
+fn all_move_the_right_bytes() {
+    for (aio, bed) in combinations() {
+        eprintln!("{aio:?} {bed:?}");
+        conformance::bytes(&bed, start(aio));
+    }
+}
+
+#[test]
+fn all_complete_exactly_once() {
+    for (aio, bed) in combinations().filter(|(_, bed)| bed.kind == Kind::Written) {
+        eprintln!("{aio:?} {bed:?}");
+        conformance::exactly_once(&bed, start(aio));
+    }
+}
+
+#[test]
+fn all_refuse_bad_buffers_and_drain() {
+    for (aio, bed) in combinations().filter(|(_, bed)| bed.kind != Kind::Tmpfs) {
+        eprintln!("{aio:?} {bed:?}");
+        conformance::bad_buffers(&bed, start(aio));
+        conformance::drain(&bed, start(aio));
+    }
+}
+
+#[test]
+fn all_work_on_block_devices() {
+    let _alone = FORKING.lock();
+    let image = tempfile::NamedTempFile::new().unwrap();
+    image.as_file().set_len(1 << 20).unwrap();
+    match attach(image.path(), 512) {
+        Ok(device) => assert!(Command::new("losetup").arg("-d").arg(device).status().unwrap().success()),
+        Err(why) => {
+            // Past the capture of the test harness.
+            let _ = writeln!(std::io::stderr(), "SKIPPED block::all_work_on_block_devices: {why}");
+            return;
+        }
+    }
+    for sector in [512, 4096] {
+        for (aio, bed) in combinations().filter(|(_, bed)| bed.kind == Kind::Written && bed.cache != CacheMode::Unsafe)
+        {
+            let bed = Bed { kind: Kind::Loop(sector), cases: 2, ..bed };
+            eprintln!("{aio:?} {bed:?}");
+            conformance::bytes(&bed, start(aio));
+            conformance::neighbours(&bed, start(aio));
+            conformance::drain(&bed, start(aio));
+        }
+    }
+}
+
+#[test]
+fn all_write_sectors_of_larger_blocks() {
+    for aio in Aio::ALL {
+        for cache in [CacheMode::None, CacheMode::Directsync] {
+            let bed = Bed { cache, alignment: Some(COARSE), cases: 4, ..Bed::default() };
+            conformance::bytes(&bed, start(aio));
+            conformance::neighbours(&bed, start(aio));
+        }
+    }
+}
+
+/// What becomes of a completion, or of an attempt to hand transfers over.
+#[derive(Clone, Copy)]
+enum Fault {
+    /// The kernel has no room.
+    Full,
+    /// The transfer reports this.
+    Report(i64),
+    /// None.
+    Pass,
+}
+
+const DIRECT: Bed = Bed { kind: Kind::Written, cache: CacheMode::None, alignment: None, cases: 6 };
+
+/// Linux from 3.17 on has the ring that is read without a system call; should it ever be another, the call remains.
+#[test]
+fn linux_aio_works_with_and_without_its_mapped_ring() {
+    for mapped in [true, false] {
+        let open = |disk: &Disk, event: &EventFd| {
+            let mut ring = native(disk, event);
+            assert!(ring.mapped, "this host's ring is not known");
+            ring.mapped = mapped;
+            ring
+        };
+        conformance::bytes(&DIRECT, faulty(open, &[Fault::Pass]));
+        conformance::exactly_once(&DIRECT, faulty(open, &[Fault::Pass]));
+    }
+}
+
+#[test]
+fn short_transfers_and_interruptions_are_made_good() {
+    let script = [
+        Fault::Report(0),
+        Fault::Pass,
+        Fault::Report(512),
+        Fault::Report((-libc::EAGAIN).into()),
+        Fault::Report(1),
+        Fault::Report((-libc::EINTR).into()),
+    ];
+    for bed in [DIRECT, Bed { alignment: Some(COARSE), ..DIRECT }] {
+        conformance::bytes(&bed, faulty(native, &script));
+        conformance::bytes(&bed, faulty(uring, &script));
+        conformance::neighbours(&bed, faulty(native, &script));
+        conformance::neighbours(&bed, faulty(uring, &script));
+    }
+}
+
+#[test]
+fn a_full_kernel_is_waited_for() {
+    let script = [Fault::Full, Fault::Full, Fault::Pass, Fault::Full, Fault::Full, Fault::Full, Fault::Pass];
+    conformance::bytes(&DIRECT, faulty(native, &script));
+    conformance::bytes(&DIRECT, faulty(uring, &script));
+    conformance::exactly_once(&DIRECT, faulty(native, &script[2..]));
+    conformance::exactly_once(&DIRECT, faulty(uring, &script[2..]));
+}
+
+fn reports_errors(make: impl Fn(Arc<Disk>) -> Box<dyn Engine>, kind: OpKind, errno: i32) {
+    let (_dir, _path, disk, _) = DIRECT.disk(1 << 20);
+    let memory = memory(1 << 16);
+    let mut engine = make(disk);
+    for tag in 0..100 {
+        let segments: &[_] = if kind == OpKind::Flush { &[] } else { &[(4096, 4096)] };
+        engine.push(op(kind, u64::from(tag) * 4096, segments, &memory), tag);
+    }
+    engine.submit();
+    for completion in await_completions(&mut *engine, 100) {
+        assert_eq!(completion.result.unwrap_err().raw_os_error(), Some(errno), "{kind:?}");
+    }
+}
+
+#[test]
+fn errors_are_reported_as_they_are() {
+    let write = OpKind::Write { durable: false };
+    for (kind, errno) in
+        [(OpKind::Read, libc::EIO), (write, libc::ENOSPC), (OpKind::Flush, libc::EIO), (OpKind::Read, libc::EINVAL)]
+    {
+        let script = [Fault::Report((-errno).into())];
+        reports_errors(faulty(native, &script), kind, errno);
+        reports_errors(faulty(uring, &script), kind, errno);
+    }
+}
+
+/// Old kernels refuse it, and the helper does it: a flush of a file fails no more than `fdatasync` does.
+#[test]
+fn a_flush_the_kernel_lacks_is_done_all_the_same() {
+    let script = [Fault::Report((-libc::EINVAL).into())];
+    let (_dir, _path, disk, _) = DIRECT.disk(4096);
+    let mut engine = faulty(native, &script)(disk);
+    engine.push(op(OpKind::Flush, 0, &[], &memory(4096)), 0);
+    engine.submit();
+    await_completions(&mut *engine, 1).remove(0).result.unwrap();
+}
+
+/// What the kernel does not even begin is completed, and announced, all the same.
+#[test]
+fn what_is_refused_at_once_completes() {
+    for aio in [Aio::Native, Aio::IoUring] {
+        let (_dir, path, disk, _) = DIRECT.disk(1 << 20);
+        drop(disk);
+        let disk = Arc::new(Disk::open(&path, true, CacheMode::None, "disk0").unwrap());
+        let memory = memory(1 << 16);
+        let mut engine = aio.start(disk, "test-io").unwrap();
+        for tag in 0..10 {
+            // It is not open for writing.
+            let kind = if tag % 2 == 0 { OpKind::Write { durable: false } } else { OpKind::Read };
+            engine.push(op(kind, 0, &[(4096, 4096)], &memory), tag);
+        }
+        engine.submit();
+        for completion in await_completions(&mut *engine, 10) {
+            let errno = completion.result.err().and_then(|error| error.raw_os_error());
+            assert_eq!(errno, (completion.tag % 2 == 0).then_some(libc::EBADF));
+        }
+    }
+}
+
+/// An engine leaves nothing behind that holds the image, and with it its lock: not even for a moment.
+#[test]
+fn an_image_is_free_when_its_engine_is_gone() {
+    let _alone = FORKING.lock();
+    for aio in Aio::ALL {
+        let (_dir, path, disk, _) = DIRECT.disk(1 << 20);
+        drop(disk);
+        for round in 0..50 {
+            let disk = Disk::open(&path, false, CacheMode::None, "disk0");
+            let disk = disk.unwrap_or_else(|error| panic!("{aio:?}, round {round}: {error}"));
+            let mut engine = aio.start(Arc::new(disk), "test-io").unwrap();
+            engine.push(op(OpKind::Read, 0, &[(4096, 4096)], &memory(1 << 16)), 0);
+            engine.submit();
+        }
+    }
+}
+
+/// A ring whose behaviour follows a script, over and over.
+struct Faulty<R> {
+    ring: R,
+    script: VecDeque<Fault>,
+    /// Queued, and not yet in `ring`: whose memory the engine keeps until it is reaped.
+    held: VecDeque<(usize, OpKind, u64, *const iovec, usize)>,
+}
+
+// SAFETY: the pointers are those the engine gave, to memory that it keeps.
+#[expect(unsafe_code, reason = "it holds what it was given for the kernel")]
+unsafe impl<R: Ring> Send for Faulty<R> {}
+
+impl<R: Ring> Faulty<R> {
+    fn next(&mut self) -> Fault {
+        self.script.rotate_left(1);
+        *self.script.back().unwrap()
+    }
+}
+
+impl<R: Ring> Ring for Faulty<R> {
+    #[expect(unsafe_code, reason = "the same promise as that of the ring inside")]
+    unsafe fn queue(&mut self, number: usize, kind: OpKind, offset: u64, buffers: &[iovec]) {
+        self.held.push_back((number, kind, offset, buffers.as_ptr(), buffers.len()));
+    }
+
+    fn enter(&mut self) {
+        while let Some(&(number, kind, offset, array, count)) = self.held.front() {
+            if matches!(self.next(), Fault::Full) {
+                return;
+            }
+            self.held.pop_front();
+            #[expect(unsafe_code, reason = "passes on what it was given")]
+            // SAFETY: the engine keeps the array and its targets until the number is reaped.
+            unsafe {
+                self.ring.queue(number, kind, offset, std::slice::from_raw_parts(array, count));
+            }
+            self.ring.enter();
+            assert_eq!(self.ring.queued(), 0);
+        }
+    }
+
+    fn queued(&self) -> usize {
+        self.held.len()
+    }
+
+    fn reap(&mut self, finished: &mut Vec<(usize, i64)>) {
+        let before = finished.len();
+        self.ring.reap(finished);
+        for entry in &mut finished[before..] {
+            match self.next() {
+                Fault::Report(result) if result < 0 => entry.1 = result,
+                Fault::Report(result) => entry.1 = entry.1.min(result),
+                Fault::Full | Fault::Pass => {}
+            }
+        }
+    }
+}
+
+fn faulty<R: Ring + 'static>(
+    open: impl Fn(&Disk, &EventFd) -> R,
+    script: &[Fault],
+) -> impl Fn(Arc<Disk>) -> Box<dyn Engine> {
+    move |disk| {
+        let event = EventFd::new(EFD_NONBLOCK).unwrap();
+        let ring =
+            Faulty { ring: open(&disk, &event), script: script.iter().copied().collect(), held: VecDeque::new() };
+        Box::new(RingEngine::new(disk, ring, event, "test-io").unwrap())
+    }
+}
+
+fn native(disk: &Disk, event: &EventFd) -> Native {
+    Native::new(disk.file().as_raw_fd(), event.as_raw_fd()).unwrap()
+}
+
+fn uring(disk: &Disk, event: &EventFd) -> Uring {
+    Uring::new(disk.file().as_raw_fd(), event.as_raw_fd()).unwrap()
+}

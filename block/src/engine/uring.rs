@@ -1,0 +1,195 @@
+#![expect(unsafe_code, reason = "the entries of the submission queue name guest memory")]
+//! The engine `io_uring`: one ring a queue. Owned by the worker.
+
+use std::fs;
+use std::io;
+use std::os::fd::{AsRawFd, RawFd};
+use std::sync::Arc;
+
+use io_uring::register::Restriction;
+use io_uring::types::{Fixed, FsyncFlags};
+use io_uring::{IoUring, opcode, squeue};
+use libc::iovec;
+use thiserror::Error;
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use super::ring::{DEPTH, Ring, RingEngine};
+use super::{Engine, OpKind};
+use crate::disk::Disk;
+
+/// The engine for `disk`. `name` is that of its helper threads.
+///
+/// # Errors
+/// When the host gives no ring, thread or eventfd.
+pub fn start(disk: Arc<Disk>, name: &str) -> io::Result<Box<dyn Engine>> {
+    let event = EventFd::new(EFD_NONBLOCK)?;
+    let ring = Uring::new(disk.file().as_raw_fd(), event.as_raw_fd())?;
+    Ok(Box::new(RingEngine::new(disk, ring, event, name)?))
+}
+
+/// Why there is no io_uring.
+#[derive(Debug, Error)]
+pub enum Missing {
+    /// ENOSYS, or EINVAL of a kernel whose rings cannot be restricted.
+    #[error("io_uring is not in this kernel, or an early form of it")]
+    Kernel,
+    /// EPERM by the sysctl.
+    #[error("io_uring is forbidden by kernel.io_uring_disabled = {0}")]
+    Sysctl(u8),
+    /// EPERM or EACCES, and not by the sysctl.
+    #[error("io_uring is forbidden, most likely by the seccomp filter of a container")]
+    Forbidden,
+    /// ENOMEM: the rings count as locked memory before Linux 5.12.
+    #[error("the memory lock limit leaves no room for the rings of io_uring")]
+    Memory,
+    /// Anything else.
+    #[error("io_uring cannot be used: {0}")]
+    Other(io::Error),
+}
+
+impl Missing {
+    /// `sysctl` is the text of kernel.io_uring_disabled, empty before Linux 6.6.
+    fn new(error: io::Error, sysctl: &str) -> Self {
+        match (error.raw_os_error(), sysctl.trim().parse()) {
+            (Some(libc::ENOSYS | libc::EINVAL), _) => Self::Kernel,
+            (Some(libc::EPERM), Ok(level @ 1..)) => Self::Sysctl(level),
+            (Some(libc::EPERM | libc::EACCES), _) => Self::Forbidden,
+            (Some(libc::ENOMEM), _) => Self::Memory,
+            _ => Self::Other(error),
+        }
+    }
+
+    /// What to do about it, in one line.
+    pub fn remedy(&self) -> &'static str {
+        match self {
+            Self::Kernel => "use Linux 5.10 or newer with CONFIG_IO_URING",
+            Self::Sysctl(_) => "allow it with \"sudo sysctl kernel.io_uring_disabled=0\"",
+            Self::Forbidden => {
+                "allow io_uring_setup, io_uring_enter and io_uring_register in the container's seccomp profile"
+            }
+            Self::Memory => "raise it with \"ulimit -l unlimited\", for good in /etc/security/limits.conf",
+            Self::Other(_) => "look for the reason with \"sudo dmesg\"",
+        }
+    }
+}
+
+/// Whether this engine works here: sets up a ring as it does.
+///
+/// # Errors
+/// Why not.
+pub fn probe() -> Result<(), Missing> {
+    let set_up = || {
+        let (image, event) = (fs::File::open("/dev/null")?, EventFd::new(EFD_NONBLOCK)?);
+        Uring::new(image.as_raw_fd(), event.as_raw_fd()).map(drop)
+    };
+    set_up().map_err(|error: io::Error| {
+        Missing::new(error, &fs::read_to_string("/proc/sys/kernel/io_uring_disabled").unwrap_or_default())
+    })
+}
+
+/// The image is file 0 of the ring, and the only one it can touch.
+const IMAGE: Fixed = Fixed(0);
+
+/// `IORING_UNREGISTER_FILES` of io_uring_register(2).
+const UNREGISTER_FILES: u8 = 3;
+
+pub(super) struct Uring(IoUring);
+
+impl Uring {
+    pub(super) fn new(image: RawFd, event: RawFd) -> io::Result<Self> {
+        // Twice as many completions as entries have room, and no more than DEPTH are ever under way: none is dropped.
+        let ring = IoUring::builder().dontfork().setup_r_disabled().build(DEPTH as u32)?;
+        let submitter = ring.submitter();
+        submitter.register_files(&[image])?;
+        submitter.register_eventfd(event)?;
+        let fixed = squeue::Flags::FIXED_FILE.bits();
+        submitter.register_restrictions(&mut [
+            Restriction::sqe_op(opcode::Read::CODE),
+            Restriction::sqe_op(opcode::Readv::CODE),
+            Restriction::sqe_op(opcode::Write::CODE),
+            Restriction::sqe_op(opcode::Writev::CODE),
+            Restriction::sqe_op(opcode::Fsync::CODE),
+            Restriction::sqe_flags_required(fixed),
+            Restriction::register_op(UNREGISTER_FILES),
+        ])?;
+        submitter.register_enable_rings()?;
+        Ok(Self(ring))
+    }
+}
+
+impl Drop for Uring {
+    /// The kernel takes a ring apart some time after it is closed; until then it would hold the image, and its lock.
+    fn drop(&mut self) {
+        let _ = self.0.submitter().unregister_files();
+    }
+}
+
+impl Ring for Uring {
+    unsafe fn queue(&mut self, number: usize, kind: OpKind, offset: u64, buffers: &[iovec]) {
+        let flags = if kind == (OpKind::Write { durable: true }) { libc::RWF_DSYNC } else { 0 };
+        let (array, count) = (buffers.as_ptr(), buffers.len() as u32);
+        let entry = match (kind, buffers) {
+            (OpKind::Flush, _) => opcode::Fsync::new(IMAGE).flags(FsyncFlags::DATASYNC).build(),
+            (OpKind::Read, [one]) => {
+                opcode::Read::new(IMAGE, one.iov_base.cast(), one.iov_len as u32).offset(offset).build()
+            }
+            (OpKind::Read, _) => opcode::Readv::new(IMAGE, array, count).offset(offset).build(),
+            (OpKind::Write { .. }, [one]) => opcode::Write::new(IMAGE, one.iov_base.cast(), one.iov_len as u32)
+                .offset(offset)
+                .rw_flags(flags)
+                .build(),
+            (OpKind::Write { .. }, _) => {
+                opcode::Writev::new(IMAGE, array, count).offset(offset).rw_flags(flags).build()
+            }
+        };
+        // SAFETY: the caller vouches for the memory.
+        let pushed = unsafe { self.0.submission().push(&entry.user_data(number as u64)) };
+        pushed.expect("the queue has an entry for each number");
+    }
+
+    fn enter(&mut self) {
+        while self.queued() > 0 {
+            match self.0.submit() {
+                Ok(0) => return,
+                Ok(_) => {}
+                Err(error) => match error.raw_os_error() {
+                    Some(libc::EINTR) => {}
+                    Some(libc::EAGAIN | libc::EBUSY | libc::ENOMEM) => return,
+                    _ => panic!("io_uring_enter: {error}"),
+                },
+            }
+        }
+    }
+
+    fn queued(&self) -> usize {
+        // SAFETY: nobody else looks at the queue while this does.
+        unsafe { self.0.submission_shared() }.len()
+    }
+
+    fn reap(&mut self, finished: &mut Vec<(usize, i64)>) {
+        finished.extend(self.0.completion().map(|entry| (entry.user_data() as usize, entry.result().into())));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn reasons_why_there_is_no_io_uring() {
+        for (errno, sysctl, message, remedy) in [
+            (libc::ENOSYS, "0\n", "not in this kernel", "Linux 5.10"),
+            (libc::EINVAL, "", "not in this kernel", "Linux 5.10"),
+            (libc::EPERM, "2\n", "forbidden by kernel.io_uring_disabled = 2", "io_uring_disabled=0"),
+            (libc::EPERM, "1\n", "forbidden by kernel.io_uring_disabled = 1", "io_uring_disabled=0"),
+            (libc::EPERM, "0\n", "seccomp filter", "seccomp profile"),
+            (libc::EPERM, "", "seccomp filter", "seccomp profile"),
+            (libc::ENOMEM, "0\n", "memory lock limit", "ulimit -l"),
+            (libc::EMFILE, "0\n", "Too many open files", "dmesg"),
+        ] {
+            let missing = Missing::new(io::Error::from_raw_os_error(errno), sysctl);
+            assert!(missing.to_string().contains(message), "{missing}");
+            assert!(missing.remedy().contains(remedy), "{missing}");
+        }
+    }
+}
