@@ -14,6 +14,9 @@ pub struct Worker<T> {
     thread: Option<JoinHandle<T>>,
 }
 
+/// A stack below 2 MiB: a larger one may start with a transparent huge page, which is 2 MiB of host memory for each thread.
+const STACK_BYTES: usize = 256 << 10;
+
 impl<T: Send + 'static> Worker<T> {
     /// Starts a thread called `name` (at most 15 bytes are visible to the host) that runs `body` with its stop eventfd.
     ///
@@ -22,7 +25,8 @@ impl<T: Send + 'static> Worker<T> {
     pub fn spawn(name: &str, body: impl FnOnce(EventFd) -> T + Send + 'static) -> io::Result<Self> {
         let stop = EventFd::new(EFD_NONBLOCK)?;
         let stopped = stop.try_clone()?;
-        let thread = thread::Builder::new().name(name.to_owned()).spawn(move || body(stopped))?;
+        let thread =
+            thread::Builder::new().name(name.to_owned()).stack_size(STACK_BYTES).spawn(move || body(stopped))?;
         Ok(Self { stop, thread: Some(thread) })
     }
 

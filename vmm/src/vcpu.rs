@@ -44,6 +44,9 @@ pub struct VcpuThreads {
     threads: Vec<JoinHandle<()>>,
 }
 
+/// A stack below 2 MiB: a larger one may start with a transparent huge page, which is 2 MiB of host memory for each vCPU.
+const STACK_BYTES: usize = 256 << 10;
+
 impl VcpuThreads {
     /// Starts every vCPU in a thread of its own, called `vcpuN`.
     pub fn start(vcpus: Vec<Vcpu>) -> io::Result<Self> {
@@ -51,7 +54,7 @@ impl VcpuThreads {
         let mut running = Self { stop: Arc::new(AtomicBool::new(false)), threads: Vec::new() };
         for vcpu in vcpus {
             let stop = running.stop.clone();
-            let thread = thread::Builder::new().name(format!("vcpu{}", vcpu.id));
+            let thread = thread::Builder::new().name(format!("vcpu{}", vcpu.id)).stack_size(STACK_BYTES);
             running.threads.push(thread.spawn(move || vcpu.run(&stop))?);
         }
         Ok(running)

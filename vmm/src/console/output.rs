@@ -28,6 +28,8 @@ const CHUNK: usize = 64 << 10;
 const GATHER: Duration = Duration::from_micros(500);
 /// At the end of the VM: how long a sink that takes nothing is waited for.
 const PATIENCE: Duration = Duration::from_secs(2);
+/// A stack below 2 MiB: a larger one may start with a transparent huge page, which is 2 MiB of host memory.
+const STACK_BYTES: usize = 256 << 10;
 
 /// Where the console's bytes go in the end. Used by the thread `console` only.
 pub(super) trait Sink: Send + 'static {
@@ -107,7 +109,10 @@ impl Output {
             Arc::new(Self { state: Mutex::new(State::default()), wake: Condvar::new(), taken: Condvar::new() });
         let writer = output.clone();
         // Detached: a sink that blocks for ever must not keep the process from ending.
-        thread::Builder::new().name("console".to_owned()).spawn(move || writer.run(sink, &name))?;
+        thread::Builder::new()
+            .name("console".to_owned())
+            .stack_size(STACK_BYTES)
+            .spawn(move || writer.run(sink, &name))?;
         Ok(output)
     }
 
