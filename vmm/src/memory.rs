@@ -35,6 +35,18 @@ pub enum MemoryError {
         /// What the host said.
         error: io::Error,
     },
+    /// The host cannot touch every page.
+    #[error(
+        "--memory {},prefault=on: the host cannot provide every page now: {error}; give the guest less memory, or leave \
+         out prefault=on (which needs Linux 5.14)",
+        format_size(*size)
+    )]
+    Prefault {
+        /// Bytes asked for.
+        size: u64,
+        /// What the host said.
+        error: io::Error,
+    },
     /// KVM refuses the region.
     #[error("KVM refuses guest memory at {base:#x}: {error}; check the kernel's log (dmesg)")]
     Register {
@@ -84,7 +96,7 @@ pub fn map(config: &MemoryConfig, ranges: &[Range<u64>]) -> Result<Arc<GuestMemo
         };
         let region = aligned(build)?;
         let region = GuestRegionMmap::new(region, GuestAddress(range.start)).expect("the layout ends below 2^64");
-        advise(&region, config).map_err(failed)?;
+        prepare(&region, config)?;
         regions.push(region);
         offset += len as u64;
     }
@@ -150,23 +162,25 @@ fn memfd(config: &MemoryConfig) -> io::Result<File> {
     Ok(file)
 }
 
-fn advise(region: &GuestRegionMmap, config: &MemoryConfig) -> io::Result<()> {
-    let madvise = |advice| {
-        // SAFETY: the range is exactly the mapping; no advice given here changes its contents.
-        let done = unsafe { libc::madvise(region.as_ptr().cast(), region.size(), advice) };
-        if done == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
-    };
+fn prepare(region: &GuestRegionMmap, config: &MemoryConfig) -> Result<(), MemoryError> {
     // Fewer and larger page faults while the guest touches its memory for the first time. A kernel without
     // transparent huge pages says EINVAL; then the guest just runs on small ones.
     if !config.hugepages && !config.shared {
-        let _ = madvise(libc::MADV_HUGEPAGE);
+        let _ = madvise(region, libc::MADV_HUGEPAGE);
     }
-    // Guest memory has no place in a core dump: it is huge and not ours to show.
-    madvise(libc::MADV_DONTDUMP)?;
+    // Guest memory has no place in a core dump: it is huge and not ours to show. It cannot fail on a mapping of ours.
+    let _ = madvise(region, libc::MADV_DONTDUMP);
     if config.prefault {
-        madvise(libc::MADV_POPULATE_WRITE)?;
+        let size = config.size;
+        madvise(region, libc::MADV_POPULATE_WRITE).map_err(|error| MemoryError::Prefault { size, error })?;
     }
     Ok(())
+}
+
+fn madvise(region: &GuestRegionMmap, advice: i32) -> io::Result<()> {
+    // SAFETY: the range is exactly the mapping; no advice given here changes its contents.
+    let done = unsafe { libc::madvise(region.as_ptr().cast(), region.size(), advice) };
+    if done == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
 /// Makes `memory` the physical memory of `vm`. The caller keeps `memory` alive as long as `vm`.
