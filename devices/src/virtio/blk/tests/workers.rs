@@ -1,0 +1,193 @@
+//! A worker over engines that are told what to do.
+
+use block::engine::{Completion, Engine, Op, OpKind};
+
+use super::*;
+
+/// An engine that does nothing until it is drained, and tells what it did at each drain.
+struct Stuck {
+    ops: Vec<(Op, u16)>,
+    submitted: EventFd,
+    drained: Arc<Mutex<Vec<Vec<OpKind>>>>,
+    completed: EventFd,
+}
+
+impl Engine for Stuck {
+    fn push(&mut self, op: Op, tag: u16) {
+        self.ops.push((op, tag));
+    }
+    fn submit(&mut self) {
+        if !self.ops.is_empty() {
+            self.submitted.write(1).unwrap();
+        }
+    }
+    fn reap(&mut self, _: &mut Vec<Completion>) {}
+    fn completion_event(&self) -> &EventFd {
+        &self.completed
+    }
+    fn drain(&mut self, completions: &mut Vec<Completion>) {
+        self.drained.lock().unwrap().push(self.ops.iter().map(|(op, _)| op.kind).collect());
+        completions.extend(self.ops.drain(..).map(|(op, tag)| Completion { tag, op, result: Ok(()) }));
+    }
+}
+
+/// Completes everything at once, inside `submit`, with an error.
+struct Failing {
+    ops: Vec<(Op, u16)>,
+    done: Vec<Completion>,
+    completed: EventFd,
+}
+
+impl Engine for Failing {
+    fn push(&mut self, op: Op, tag: u16) {
+        self.ops.push((op, tag));
+    }
+    fn submit(&mut self) {
+        let fail = |(op, tag)| Completion { tag, op, result: Err(io::Error::from_raw_os_error(5)) };
+        self.done.extend(self.ops.drain(..).map(fail));
+    }
+    fn reap(&mut self, completions: &mut Vec<Completion>) {
+        completions.append(&mut self.done);
+    }
+    fn completion_event(&self) -> &EventFd {
+        &self.completed
+    }
+    fn drain(&mut self, completions: &mut Vec<Completion>) {
+        self.submit();
+        self.reap(completions);
+    }
+}
+
+/// Stands for a driver that makes a request available at the worst moment: after the worker found nothing in the ring,
+/// before it asks to be notified.
+struct Late {
+    driver: Arc<Mutex<Driver>>,
+    chain: Vec<Segment>,
+    completed: EventFd,
+}
+
+impl Engine for Late {
+    fn push(&mut self, _: Op, _: u16) {}
+    fn submit(&mut self) {
+        if !self.chain.is_empty() {
+            self.driver.lock().unwrap().add(&self.chain);
+            self.chain.clear();
+        }
+    }
+    fn reap(&mut self, _: &mut Vec<Completion>) {}
+    fn completion_event(&self) -> &EventFd {
+        &self.completed
+    }
+    fn drain(&mut self, _: &mut Vec<Completion>) {}
+}
+
+fn spawn(guest: &Guest, image: &Image, engine: Box<dyn Engine>) -> Worker<()> {
+    let disk = Arc::new(Disk::open(&image.path, false, CacheMode::Writeback, "disk0").unwrap());
+    let context = Context {
+        rules: Rules { size: disk.size(), readonly: false, durable: false, flush: true },
+        disk,
+        serial: [0; 20],
+        memory: guest.memory.clone(),
+        interrupt: guest.line.clone(),
+        log: Arc::default(),
+    };
+    let worker = QueueWorker::new(context, guest.queue(), engine).unwrap();
+    Worker::spawn("blk0-q0", move |stop| worker.run(&stop)).unwrap()
+}
+
+/// What is in flight ends first, for a flush covers only what completed before it (virtio 1.2, 5.2.6.2).
+#[test]
+fn a_stop_drains_then_flushes_what_was_written_and_answers_nothing() {
+    let write = OpKind::Write { durable: false };
+    for (kind, expected) in [
+        (IN, vec![vec![OpKind::Read]]),
+        (OUT, vec![vec![write], vec![OpKind::Flush]]),
+        (FLUSH, vec![vec![OpKind::Flush]]),
+    ] {
+        let (image, mut guest) = (Image::new(), Guest::new(PLAIN));
+        let (submitted, drained) = (EventFd::new(EFD_NONBLOCK).unwrap(), Arc::default());
+        let engine = Stuck {
+            ops: Vec::new(),
+            submitted: submitted.try_clone().unwrap(),
+            drained: Arc::clone(&drained),
+            completed: EventFd::new(EFD_NONBLOCK).unwrap(),
+        };
+        let data = if kind == OUT { readable(DATA, 512) } else { writable(DATA, 512) };
+        let (_, status) = guest.offer(kind, 0, &[data]);
+        let worker = spawn(&guest, &image, Box::new(engine));
+        wait(&submitted);
+        worker.stop();
+        assert_eq!(*drained.lock().unwrap(), expected);
+        assert_eq!(guest.driver.used(), None);
+        assert_eq!(guest.bytes(status, 1), [UNTOUCHED]);
+        assert!(guest.line.queue.read().is_err());
+        assert_eq!(Arc::strong_count(&guest.memory), 2);
+    }
+}
+
+#[test]
+fn a_request_that_came_before_notifications_were_on_is_seen() {
+    for features in [PLAIN, EVENT_IDX] {
+        let (image, mut guest) = (Image::new(), Guest::new(features));
+        let (header, status) = guest.header(GET_ID, 0);
+        let driver = Arc::new(Mutex::new(Driver::new(guest.memory.clone(), RINGS, QUEUE_SIZE)));
+        let chain = vec![header, writable(DATA, 20), status];
+        let completed = EventFd::new(EFD_NONBLOCK).unwrap();
+        let worker = spawn(&guest, &image, Box::new(Late { driver: driver.clone(), chain, completed }));
+        wait(&guest.line.queue);
+        assert_eq!(driver.lock().unwrap().used().map(|used| used.1), Some(21));
+        worker.stop();
+    }
+}
+
+/// Stands for a driver that makes a request available whenever one is answered, so that the ring never runs empty.
+struct Endless {
+    driver: Driver,
+    chain: Vec<Segment>,
+    completed: EventFd,
+}
+
+impl Engine for Endless {
+    fn push(&mut self, _: Op, _: u16) {}
+    fn submit(&mut self) {
+        while self.driver.used().is_some() {}
+        while self.driver.free() >= self.chain.len() {
+            self.driver.add(&self.chain);
+        }
+    }
+    fn reap(&mut self, _: &mut Vec<Completion>) {}
+    fn completion_event(&self) -> &EventFd {
+        &self.completed
+    }
+    fn drain(&mut self, _: &mut Vec<Completion>) {}
+}
+
+#[test]
+fn a_driver_that_never_rests_cannot_keep_the_worker() {
+    let (image, mut guest) = (Image::new(), Guest::new(PLAIN));
+    let (header, status) = guest.header(0xffff, 0);
+    let driver = Driver::new(guest.memory.clone(), RINGS, QUEUE_SIZE);
+    let (chain, completed) = (vec![header, status], EventFd::new(EFD_NONBLOCK).unwrap());
+    let worker = spawn(&guest, &image, Box::new(Endless { driver, chain, completed }));
+    wait(&guest.line.queue);
+    let stopped = EventFd::new(EFD_NONBLOCK).unwrap();
+    let told = stopped.try_clone().unwrap();
+    let thread = std::thread::spawn(move || {
+        worker.stop();
+        told.write(1).unwrap();
+    });
+    wait(&stopped);
+    thread.join().unwrap();
+}
+
+#[test]
+fn a_failing_disk_fails_requests_and_completions_inline_are_seen() {
+    let (image, mut guest) = (Image::new(), Guest::new(PLAIN));
+    let completed = EventFd::new(EFD_NONBLOCK).unwrap();
+    let worker = spawn(&guest, &image, Box::new(Failing { ops: Vec::new(), done: Vec::new(), completed }));
+    for kind in [IN, FLUSH, IN] {
+        assert_eq!(guest.request(kind, 0, &[writable(DATA, 512)]), (IOERR, 1));
+    }
+    assert_eq!(guest.request(GET_ID, 0, &[writable(DATA, 20)]), (OK, 21));
+    worker.stop();
+}
