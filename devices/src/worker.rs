@@ -41,6 +41,12 @@ impl<T: Send + 'static> Worker<T> {
 }
 
 impl<T> Worker<T> {
+    /// Whether the thread has ended by itself.
+    #[cfg(test)]
+    pub(crate) fn is_finished(&self) -> bool {
+        self.thread.as_ref().is_none_or(JoinHandle::is_finished)
+    }
+
     fn join(&mut self) -> Option<thread::Result<T>> {
         let thread = self.thread.take()?;
         // The counter of an eventfd that only we write cannot overflow.

@@ -87,6 +87,8 @@ fn usage_that_makes_no_machine() {
         (&["--kernel", "kernel", "--disk", "path=a,format=qcow2"], &["format=qcow2", "qemu-img convert"]),
         (&["--kernel", "kernel", "--disk", "a,aio=native"], &["aio=native", "add cache=none"]),
         (&["--kernel", "kernel", "--disk", "a,aio=auto"], &["aio=auto", "threads, native, io_uring"]),
+        (&["--kernel", "kernel", "--disk", "a,queues=0"], &["queues=0", "1 to 64", "leave it out"]),
+        (&["--kernel", "kernel", "--disk", "a,queue-size=200"], &["queue-size=200", "4 to 1024", "write 128"]),
         (&["--kernel", "kernel", "--disk", "a,serial=123456789012345678901"], &["serial=1234", "1 to 20"]),
         (&["--kernel", "kernel", "--disk", "a,id=x", "--disk", "b,id=x"], &["\"x\"", "choose another"]),
         (&["--kernel", "kernel", "--boot-protocol", "uefi"], &["--boot-protocol", "uefi", "auto, linux"]),

@@ -193,7 +193,13 @@ impl VmBuilder<'_> {
         interrupts: &Arc<KvmInterrupts>,
     ) -> anyhow::Result<Vec<Arc<VirtioPci>>> {
         let disks = self.config.disks.iter().zip(&self.resources.disks).enumerate().map(|(number, (config, disk))| {
-            let options = BlkOptions { number, serial: config.serial.clone(), aio: config.aio };
+            let options = BlkOptions {
+                number,
+                serial: config.serial.clone(),
+                aio: config.aio,
+                queues: config.queues,
+                queue_size: config.queue_size,
+            };
             let device: Box<dyn VirtioDevice> = Box::new(Blk::new(disk.clone(), &options));
             (device, config.ioeventfd)
         });

@@ -189,6 +189,8 @@ pub fn to_toml(vm: &VmConfig) -> Result<String, ConfigError> {
         }
         line(&mut out, "readonly", disk.readonly);
         line(&mut out, "ioeventfd", disk.ioeventfd);
+        line(&mut out, "queues", disk.queues);
+        line(&mut out, "queue-size", disk.queue_size);
         line(&mut out, "aio", text(disk.aio.name()));
         line(&mut out, "cache", text(disk.cache.name()));
         // The only one there is, written out so that nobody has to guess.
@@ -250,6 +252,8 @@ mod tests {
             serial = "1"
             aio = "io_uring"
             cache = "none"
+            queues = 3
+            queue-size = 64
         "#;
         let disk = |path: &str, id: &str, serial: Option<&str>, readonly| DiskConfig {
             path: path.into(),
@@ -259,6 +263,8 @@ mod tests {
             aio: if id == "data" { Aio::IoUring } else { Aio::Threads },
             cache: if id == "data" { CacheMode::None } else { CacheMode::Writeback },
             ioeventfd: true,
+            queues: if id == "data" { 3 } else { 2 },
+            queue_size: if id == "data" { 64 } else { 256 },
         };
         let expected = VmConfig {
             kernel: "/vms/vmlinuz".into(),
@@ -306,7 +312,7 @@ mod tests {
             (
                 "[[disk]]\npath = \"a\"\nfile = \"b\"\n",
                 "/vms/vm.toml:3: disk: unknown key \"file\" \
-                 (keys: path, readonly, serial, id, format, aio, cache, ioeventfd)",
+                 (keys: path, readonly, serial, id, format, aio, cache, ioeventfd, queues, queue-size)",
             ),
             (
                 "disk = \"root.img\"\n",
@@ -363,8 +369,11 @@ mod tests {
     prop_compose! {
         fn any_disk()(
             path in any_path(), id in "d[a-z0-9._-]{0,8}", serial in proptest::option::of("[ -~]{1,20}"),
-            readonly: bool, ioeventfd: bool, (aio, cache) in any_engine(),
-        ) -> DiskConfig { DiskConfig { path, id, serial, readonly, aio, cache, ioeventfd } }
+            readonly: bool, ioeventfd: bool, (aio, cache) in any_engine(), queues in 1..=64_u16,
+            queue_size in (2..=10).prop_map(|shift| 1_u16 << shift),
+        ) -> DiskConfig {
+            DiskConfig { path, id, serial, readonly, aio, cache, ioeventfd, queues, queue_size }
+        }
     }
 
     fn any_serial() -> impl Strategy<Value = SerialConfig> {

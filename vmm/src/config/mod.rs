@@ -31,6 +31,9 @@ pub const DEBUG_EXIT_PORT: u16 = 0x501;
 /// The time between the power button and a stop by force, when none is named.
 pub const GRACE: Duration = Duration::from_secs(30);
 
+/// The most queues of a disk when their number is not said: more workers than this seldom find work.
+pub const DISK_QUEUES: u16 = 4;
+
 /// Guest memory when none is named: 512 MiB, in bytes.
 pub const MEMORY_SIZE: u64 = 512 << 20;
 
@@ -123,6 +126,11 @@ pub struct DiskConfig {
     pub cache: CacheMode,
     /// Doorbells arrive through ioeventfds; off: they exit to the vCPU thread first.
     pub ioeventfd: bool,
+    /// How many queues it has, each with a thread and an engine: at least 1, at most
+    /// [`MAX_QUEUES`](devices::virtio::blk::MAX_QUEUES). Not said: one a CPU, at most [`DISK_QUEUES`].
+    pub queues: u16,
+    /// Entries of each queue: a power of two, one of [`QUEUE_SIZES`](devices::virtio::blk::QUEUE_SIZES).
+    pub queue_size: u16,
 }
 
 /// `--serial`.

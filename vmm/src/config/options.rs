@@ -2,6 +2,7 @@
 
 use block::cache::CacheMode;
 use block::engine::Aio;
+use devices::virtio::blk::QUEUE_SIZE;
 
 use super::list::Settings;
 use super::place::{ConfigError, Place};
@@ -13,7 +14,8 @@ use super::{MemoryConfig, SerialConfig};
 pub const MEMORY_KEYS: [&str; 4] = ["size", "hugepages", "prefault", "shared"];
 
 /// The keys of `--disk`; the first may be left out.
-pub const DISK_KEYS: [&str; 8] = ["path", "readonly", "serial", "id", "format", "aio", "cache", "ioeventfd"];
+pub const DISK_KEYS: [&str; 10] =
+    ["path", "readonly", "serial", "id", "format", "aio", "cache", "ioeventfd", "queues", "queue-size"];
 
 /// What `--serial` can be connected to; the first two take a path.
 pub const SERIAL_KEYS: [&str; 5] = ["file", "socket", "stdio", "pty", "none"];
@@ -66,6 +68,8 @@ pub(super) fn disk(settings: &Settings) -> Result<DiskRequest, ConfigError> {
         aio,
         cache,
         ioeventfd: settings.switch("ioeventfd", true)?,
+        queues: settings.value("queues", value::queues)?,
+        queue_size: settings.value("queue-size", value::queue_size)?.unwrap_or(QUEUE_SIZE),
         place: settings.place().clone(),
     })
 }

@@ -54,6 +54,10 @@ pub struct DiskRequest {
     pub cache: CacheMode,
     /// See [`DiskConfig::ioeventfd`].
     pub ioeventfd: bool,
+    /// See [`DiskConfig::queues`]; `None` for the default.
+    pub queues: Option<u16>,
+    /// See [`DiskConfig::queue_size`].
+    pub queue_size: u16,
     /// Where it was written, for complaints.
     pub place: Place,
 }
@@ -117,14 +121,15 @@ impl Request {
         let kernel = self.kernel.ok_or_else(|| {
             ConfigError::new("--kernel is missing: name a kernel, or a file that has one with --config vm.toml")
         })?;
+        let cpus = self.cpus.unwrap_or(1);
         Ok(VmConfig {
             kernel,
             initrd: self.initrd,
             cmdline: self.cmdline.unwrap_or_default(),
             boot_protocol: self.boot_protocol.unwrap_or_default(),
-            cpus: self.cpus.unwrap_or(1),
+            cpus,
             memory: self.memory.unwrap_or_default(),
-            disks: disks(self.disks.unwrap_or_default())?,
+            disks: disks(self.disks.unwrap_or_default(), cpus)?,
             serial: self.serial.unwrap_or_default(),
             debug_exit: self.debug_exit.unwrap_or_default(),
             on_reboot: if self.no_reboot == Some(true) { OnReboot::Exit } else { OnReboot::Restart },
@@ -138,8 +143,9 @@ fn boot_protocol(text: &str) -> Result<BootProtocol, String> {
     named.ok_or_else(|| "no such protocol; say auto, linux or pvh".to_owned())
 }
 
-/// Names the disks that have no id by their position, and checks that the names differ.
-fn disks(requests: Vec<DiskRequest>) -> Result<Vec<DiskConfig>, ConfigError> {
+/// Names the disks that have no id by their position, checks that the names differ, and gives those that say nothing a
+/// queue for each of the `cpus`, within reason.
+fn disks(requests: Vec<DiskRequest>, cpus: u32) -> Result<Vec<DiskConfig>, ConfigError> {
     let mut disks: Vec<DiskConfig> = Vec::with_capacity(requests.len());
     for (at, request) in requests.into_iter().enumerate() {
         let id = request.id.unwrap_or_else(|| format!("disk{at}"));
@@ -149,8 +155,9 @@ fn disks(requests: Vec<DiskRequest>) -> Result<Vec<DiskConfig>, ConfigError> {
                 .place
                 .error(format_args!("the id \"{id}\" belongs to {path}; choose another with id=")));
         }
-        let DiskRequest { path, serial, readonly, aio, cache, ioeventfd, .. } = request;
-        disks.push(DiskConfig { path, id, serial, readonly, aio, cache, ioeventfd });
+        let DiskRequest { path, serial, readonly, aio, cache, ioeventfd, queue_size, .. } = request;
+        let queues = request.queues.unwrap_or_else(|| cpus.min(super::DISK_QUEUES.into()) as u16);
+        disks.push(DiskConfig { path, id, serial, readonly, aio, cache, ioeventfd, queues, queue_size });
     }
     Ok(disks)
 }
@@ -182,6 +189,8 @@ mod tests {
             aio: Aio::Threads,
             cache: CacheMode::Writeback,
             ioeventfd: true,
+            queues: 1,
+            queue_size: 256,
         }
     }
 
@@ -213,7 +222,7 @@ mod tests {
             cpus: 4,
             memory: MemoryConfig { size: 2 << 30, hugepages: true, prefault: true, shared: true },
             disks: vec![
-                disk("root.img", "disk0"),
+                DiskConfig { queues: 4, ..disk("root.img", "disk0") },
                 DiskConfig {
                     path: "a,b.img".into(),
                     id: "data".into(),
@@ -222,6 +231,8 @@ mod tests {
                     aio: Aio::Native,
                     cache: CacheMode::Directsync,
                     ioeventfd: false,
+                    queues: 2,
+                    queue_size: 1024,
                 },
             ],
             serial: SerialConfig::File("console.log".into()),
@@ -239,7 +250,8 @@ mod tests {
             ("disk", "root.img"),
             (
                 "disk",
-                "path=a,,b.img,id=data,serial=S 1,readonly=on,ioeventfd=off,format=raw,aio=native,cache=directsync",
+                "path=a,,b.img,id=data,serial=S 1,readonly=on,ioeventfd=off,format=raw,aio=native,cache=directsync,\
+                 queues=2,queue-size=1024",
             ),
             ("serial", "file=console.log"),
             ("debug-exit", "0xf4"),
@@ -296,6 +308,26 @@ mod tests {
             ),
             (
                 "disk",
+                "x,queues=0",
+                "--disk x,queues=0: queues=0: a disk has 1 to 64 queues; leave it out for one a CPU, at most 4",
+            ),
+            (
+                "disk",
+                "x,queues=65",
+                "--disk x,queues=65: queues=65: a disk has 1 to 64 queues; leave it out for one a CPU, at most 4",
+            ),
+            (
+                "disk",
+                "x,queue-size=300",
+                "--disk x,queue-size=300: queue-size=300: a queue has a power of two from 4 to 1024 entries; write 256",
+            ),
+            (
+                "disk",
+                "x,queue-size=2048",
+                "--disk x,queue-size=2048: queue-size=2048: a queue has a power of two from 4 to 1024 entries; write 1024",
+            ),
+            (
+                "disk",
                 "x,serial=123456789012345678901",
                 "--disk x,serial=123456789012345678901: serial=123456789012345678901: a serial number is 1 to 20 \
                  printable ASCII characters",
@@ -341,6 +373,14 @@ mod tests {
     }
 
     #[test]
+    fn a_disk_has_a_queue_for_each_cpu_and_no_more_than_four() {
+        for (cpus, queues) in [("1", 1), ("2", 2), ("4", 4), ("5", 4), ("300", 4)] {
+            let vm = machine(&[("disk", "x"), ("disk", "y,queues=3"), ("cpus", cpus), ("kernel", "k")]).unwrap();
+            assert_eq!((vm.disks[0].queues, vm.disks[1].queues), (queues, 3));
+        }
+    }
+
+    #[test]
     fn every_other_end_of_com1() {
         for (text, serial) in [
             ("stdio", SerialConfig::Stdio),
@@ -370,7 +410,7 @@ mod tests {
         let vm = flags.over(file()).resolve().unwrap();
         assert_eq!((vm.kernel, vm.cpus), ("filed".into(), 2));
         assert_eq!(vm.memory, MemoryConfig { size: 1 << 30, hugepages: false, prefault: false, shared: false });
-        assert_eq!(vm.disks, vec![disk("c", "disk0")]);
+        assert_eq!(vm.disks, vec![DiskConfig { queues: 2, ..disk("c", "disk0") }]);
         assert_eq!(Request::default().over(file()), file());
         let off = request(&[("debug-exit", "off"), ("no-reboot", "off")]).unwrap();
         let on = request(&[("kernel", "k"), ("debug-exit", "0x501"), ("no-reboot", "on")]).unwrap();

@@ -3,6 +3,8 @@
 
 use std::time::Duration;
 
+use devices::virtio::blk::{MAX_QUEUES, QUEUE_SIZE, QUEUE_SIZES};
+
 use crate::layout;
 
 const UNITS: [(char, u32); 4] = [('K', 10), ('M', 20), ('G', 30), ('T', 40)];
@@ -69,6 +71,25 @@ pub(super) fn cpus(text: &str) -> Result<u32, String> {
         Ok(count) => Ok(count),
         Err(_) => Err("not a number of CPUs; write it like 2".to_owned()),
     }
+}
+
+/// How many queues a disk has.
+pub(super) fn queues(text: &str) -> Result<u16, String> {
+    let queues = text.parse().ok().filter(|queues| (1..=MAX_QUEUES).contains(queues));
+    queues.ok_or_else(|| format!("a disk has 1 to {MAX_QUEUES} queues; leave it out for one a CPU, at most 4"))
+}
+
+/// Entries of a disk's queue.
+pub(super) fn queue_size(text: &str) -> Result<u16, String> {
+    let (least, most) = (*QUEUE_SIZES.start(), *QUEUE_SIZES.end());
+    let number = text.parse().unwrap_or(u32::from(QUEUE_SIZE));
+    let size = u16::try_from(number).unwrap_or(u16::MAX).clamp(least, most);
+    // Of the powers of two not above it.
+    let size = 1 << size.ilog2();
+    if text.parse() == Ok(size) {
+        return Ok(size);
+    }
+    Err(format!("a queue has a power of two from {least} to {most} entries; write {size}"))
 }
 
 /// Whole seconds.
@@ -208,6 +229,25 @@ mod tests {
     }
 
     #[test]
+    fn queues_of_disks() {
+        for (text, count) in [("1", 1), ("64", 64)] {
+            assert_eq!(queues(text), Ok(count));
+        }
+        for text in ["0", "65", "-1", "", "many", "65536"] {
+            assert!(queues(text).unwrap_err().starts_with("a disk has 1 to 64 queues; "), "{text}");
+        }
+        for size in [4, 8, 16, 32, 64, 128, 256, 512, 1024] {
+            assert_eq!(queue_size(&size.to_string()), Ok(size));
+        }
+        for (text, near) in
+            [("0", 4), ("2", 4), ("5", 4), ("1000", 512), ("2048", 1024), ("99999", 1024), ("", 256), ("-1", 256)]
+        {
+            let complaint = format!("a queue has a power of two from 4 to 1024 entries; write {near}");
+            assert_eq!(queue_size(text), Err(complaint), "{text}");
+        }
+    }
+
+    #[test]
     fn names_of_disks() {
         assert_eq!(id("root-1.a_b"), Ok("root-1.a_b".to_owned()));
         for text in ["", "0", "1disk", "a b", "é", "a/b"] {
@@ -247,7 +287,7 @@ mod tests {
         fn no_text_panics(text in any::<String>(), near in "[0-9.+x]{0,30}[KMGTkmgt]?") {
             for text in [&text, &near] {
                 let _ = (size(text), switch(text), cpus(text), seconds(text), debug_exit(text), id(text));
-                let _ = (disk_serial(text), nearest(text, &["path", "readonly"]));
+                let _ = (queues(text), queue_size(text), disk_serial(text), nearest(text, &["path", "readonly"]));
             }
         }
     }

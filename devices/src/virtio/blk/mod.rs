@@ -2,6 +2,7 @@
 //! activation to reset.
 
 use std::io;
+use std::ops::RangeInclusive;
 use std::sync::{Arc, Mutex};
 
 use block::cache::CacheMode;
@@ -9,9 +10,11 @@ use block::disk::{Disk, SECTOR_SIZE};
 use block::engine::Aio;
 use thiserror::Error;
 use virtio_bindings::virtio_blk::{
-    VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_ID_BYTES,
+    VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_MQ, VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX,
+    VIRTIO_BLK_ID_BYTES,
 };
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use self::request::{Rules, Serial};
 use self::worker::{Context, QueueWorker};
@@ -23,20 +26,21 @@ use crate::worker::Worker;
 mod request;
 mod worker;
 
-/// Entries of each queue.
-const QUEUE_SIZE: u16 = 256;
+/// The most queues of a disk. Each that the driver enables has a thread and an engine.
+pub const MAX_QUEUES: u16 = 64;
 
-/// One queue.
-const QUEUE_SIZES: [u16; 1] = [QUEUE_SIZE];
+/// Entries a queue may have, powers of two. With fewer there is no room for data beside the header and the status of a
+/// request; with more a chain would be longer than one system call of the host takes.
+pub const QUEUE_SIZES: RangeInclusive<u16> = 4..=1024;
 
-/// Data segments of one request: a chain is no longer than the queue, and the header and the status are in it too.
-const SEG_MAX: u32 = QUEUE_SIZE as u32 - 2;
+/// Entries of a queue if nothing is said.
+pub const QUEUE_SIZE: u16 = 256;
 
-/// `struct virtio_blk_config` (virtio 1.2, 5.2.4) up to `blk_size`; no feature that is offered defines more.
-const CONFIG_BYTES: usize = 24;
+/// `struct virtio_blk_config` (virtio 1.2, 5.2.4) up to `num_queues`; no feature that is offered defines more.
+const CONFIG_BYTES: usize = 36;
 
 /// How a disk shows itself.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 pub struct BlkOptions {
     /// The number in its threads' names, `blk<number>-q<queue>`.
     pub number: usize,
@@ -44,6 +48,16 @@ pub struct BlkOptions {
     pub serial: Option<String>,
     /// What moves the bytes.
     pub aio: Aio,
+    /// How many queues it has: 1 to [`MAX_QUEUES`].
+    pub queues: u16,
+    /// Entries of each queue, at most: one of [`QUEUE_SIZES`].
+    pub queue_size: u16,
+}
+
+impl Default for BlkOptions {
+    fn default() -> Self {
+        Self { number: 0, serial: None, aio: Aio::default(), queues: 1, queue_size: QUEUE_SIZE }
+    }
 }
 
 /// How the driver broke a queue of this device, or the host its worker.
@@ -67,6 +81,8 @@ pub struct Blk {
     number: usize,
     serial: Serial,
     aio: Aio,
+    /// One size a queue, all the same.
+    queue_sizes: Vec<u16>,
     workers: Vec<Worker<()>>,
     /// Across resets, for a guest can reset as often as it likes.
     log: Arc<Mutex<LogLimit>>,
@@ -79,7 +95,15 @@ impl Blk {
         for (to, from) in serial.iter_mut().zip(options.serial.iter().flat_map(|serial| serial.bytes())) {
             *to = from;
         }
-        Self { disk, number: options.number, serial, aio: options.aio, workers: Vec::new(), log: Arc::default() }
+        Self {
+            disk,
+            number: options.number,
+            serial,
+            aio: options.aio,
+            queue_sizes: vec![options.queue_size; options.queues.into()],
+            workers: Vec::new(),
+            log: Arc::default(),
+        }
     }
 
     fn rules(&self, features: u64) -> Rules {
@@ -91,6 +115,11 @@ impl Blk {
             durable: !can_flush && cache != CacheMode::Unsafe,
             flush: cache.has_write_cache() && cache != CacheMode::Unsafe,
         }
+    }
+
+    /// Data segments of one request: a chain is no longer than the queue, and the header and the status are in it too.
+    fn seg_max(&self) -> u32 {
+        u32::from(self.queue_sizes[0]) - 2
     }
 
     fn start(&self, queue: ActiveQueue, context: Context) -> io::Result<Worker<()>> {
@@ -109,18 +138,22 @@ impl VirtioDevice for Blk {
     fn features(&self) -> u64 {
         let readonly = u64::from(self.disk.readonly()) << VIRTIO_BLK_F_RO;
         let flush = u64::from(self.disk.cache().has_write_cache()) << VIRTIO_BLK_F_FLUSH;
-        readonly | flush | 1 << VIRTIO_BLK_F_SEG_MAX | 1 << VIRTIO_BLK_F_BLK_SIZE
+        let multiqueue = u64::from(self.queue_sizes.len() > 1) << VIRTIO_BLK_F_MQ;
+        readonly | flush | multiqueue | 1 << VIRTIO_BLK_F_SEG_MAX | 1 << VIRTIO_BLK_F_BLK_SIZE
     }
 
     fn queue_sizes(&self) -> &[u16] {
-        &QUEUE_SIZES
+        &self.queue_sizes
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
         let mut config = [0; CONFIG_BYTES];
         config[0..8].copy_from_slice(&(self.disk.size() / SECTOR_SIZE).to_le_bytes());
-        config[12..16].copy_from_slice(&SEG_MAX.to_le_bytes());
+        config[12..16].copy_from_slice(&self.seg_max().to_le_bytes());
         config[20..24].copy_from_slice(&(SECTOR_SIZE as u32).to_le_bytes());
+        if self.queue_sizes.len() > 1 {
+            config[34..36].copy_from_slice(&(self.queue_sizes.len() as u16).to_le_bytes());
+        }
         let from = usize::try_from(offset).ok().and_then(|offset| config.get(offset..)).unwrap_or_default();
         data.fill(0);
         for (to, from) in data.iter_mut().zip(from) {
@@ -131,6 +164,7 @@ impl VirtioDevice for Blk {
     fn write_config(&mut self, _offset: u64, _data: &[u8]) {}
 
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
+        let failed = |source| ActivateError { what: "starting a disk queue", source };
         let context = Context {
             disk: self.disk.clone(),
             rules: self.rules(activation.features),
@@ -138,13 +172,14 @@ impl VirtioDevice for Blk {
             memory: activation.memory,
             interrupt: activation.interrupt,
             log: self.log.clone(),
+            halt: Arc::new(EventFd::new(EFD_NONBLOCK).map_err(failed)?),
         };
         for queue in activation.queues {
             match self.start(queue, context.clone()) {
                 Ok(worker) => self.workers.push(worker),
                 Err(source) => {
                     self.reset();
-                    return Err(ActivateError { what: "starting a disk queue", source });
+                    return Err(failed(source));
                 }
             }
         }

@@ -35,6 +35,8 @@ pub(super) struct Context {
     pub(super) memory: Arc<GuestMemoryMmap>,
     pub(super) interrupt: Arc<dyn Interrupt>,
     pub(super) log: Arc<Mutex<LogLimit>>,
+    /// Readable when one queue is broken: all queues of the device stop then.
+    pub(super) halt: Arc<EventFd>,
 }
 
 /// One queue at work.
@@ -81,12 +83,14 @@ impl QueueWorker {
         })
     }
 
-    /// The body of the thread. Ends when `stop` is readable or the driver breaks the queue. What is in flight then is
-    /// waited for, but not answered: the rings are the driver's again. What the guest wrote is flushed.
+    /// The body of the thread. Ends when `stop` is readable or the driver breaks a queue of the device. What is in flight
+    /// then is waited for, but not answered: the rings are the driver's again. What the guest wrote is flushed.
     pub(super) fn run(mut self, stop: &EventFd) {
         if let Err(broken) = self.serve(stop) {
-            self.log(format_args!("queue {}: {broken}; it stops until the driver resets the device", self.index));
+            self.log(format_args!("queue {}: {broken}; the disk stops until the driver resets it", self.index));
             self.context.interrupt.needs_reset();
+            // Full only if it is readable already.
+            let _ = self.context.halt.write(1);
         }
         self.drain();
         if self.wrote && self.context.rules.flush {
@@ -107,6 +111,7 @@ impl QueueWorker {
 
     fn serve(&mut self, stop: &EventFd) -> Result<(), Broken> {
         watch(&self.epoll, stop, EventSet::IN, STOP)?;
+        watch(&self.epoll, &self.context.halt, EventSet::IN, STOP)?;
         self.queue.disable_notification()?;
         loop {
             let mut busy = true;
@@ -214,7 +219,7 @@ impl QueueWorker {
 
     /// Sleeps until there may be something to do, or not at all if `awake`; `true` if it is to stop.
     fn sleep(&self, awake: bool) -> Result<bool, Broken> {
-        let mut events = [EpollEvent::default(); 3];
+        let mut events = [EpollEvent::default(); 4];
         match self.epoll.wait(if awake { 0 } else { -1 }, &mut events) {
             Ok(count) => Ok(events.iter().take(count).any(|event| event.data() == STOP)),
             Err(error) if error.kind() == io::ErrorKind::Interrupted => Ok(false),

@@ -58,6 +58,21 @@ impl Interrupt for Line {
     }
 }
 
+/// The lines of a device with several queues, by queue.
+struct Lines(Vec<Arc<Line>>);
+
+impl Interrupt for Lines {
+    fn queue(&self, queue: u16) {
+        self.0[usize::from(queue)].queue(0);
+    }
+    fn config(&self) {
+        self.0[0].config();
+    }
+    fn needs_reset(&self) {
+        self.0[0].needs_reset();
+    }
+}
+
 /// Waits until `event` was written, and clears it. Only a lost event takes a minute.
 fn wait(event: &EventFd) {
     let epoll = Epoll::new().unwrap();
@@ -73,8 +88,13 @@ fn wait(event: &EventFd) {
     event.read().unwrap();
 }
 
+/// The driver of one queue.
 struct Guest {
     memory: Arc<GuestMemoryMmap>,
+    /// Where its part of the memory begins: the constants above count from here.
+    base: u64,
+    index: u16,
+    size: u16,
     driver: Driver,
     kick: EventFd,
     line: Arc<Line>,
@@ -84,11 +104,25 @@ struct Guest {
 
 impl Guest {
     fn new(features: u64) -> Self {
-        let memory = Arc::new(GuestMemoryMmap::from_ranges(&[(GuestAddress(0), MEMORY)]).unwrap());
+        Self::many(features, 1, QUEUE_SIZE).remove(0)
+    }
+
+    /// One for each of `count` queues of `size` entries.
+    fn many(features: u64, count: u16, size: u16) -> Vec<Self> {
+        let ranges = [(GuestAddress(0), MEMORY * usize::from(count))];
+        let memory = Arc::new(GuestMemoryMmap::from_ranges(&ranges).unwrap());
+        (0..count).map(|index| Self::one(memory.clone(), features, index, size)).collect()
+    }
+
+    fn one(memory: Arc<GuestMemoryMmap>, features: u64, index: u16, size: u16) -> Self {
         let event = || EventFd::new(EFD_NONBLOCK).unwrap();
+        let base = u64::from(index) * MEMORY as u64;
         let mut guest = Self {
-            driver: Driver::new(memory.clone(), RINGS, QUEUE_SIZE),
+            driver: Driver::new(memory.clone(), base + RINGS, size),
             memory,
+            base,
+            index,
+            size,
             kick: event(),
             line: Arc::new(Line { queue: event(), reset: event() }),
             features,
@@ -100,14 +134,14 @@ impl Guest {
 
     /// New rings, as after a reset.
     fn restart(&mut self) {
-        self.driver = Driver::new(self.memory.clone(), RINGS, QUEUE_SIZE);
-        self.fill(HEADERS, &[UNTOUCHED; (DATA - HEADERS) as usize / 64].repeat(64));
+        self.driver = Driver::new(self.memory.clone(), self.base + RINGS, self.size);
+        self.fill(self.base + HEADERS, &[UNTOUCHED; (DATA - HEADERS) as usize / 64].repeat(64));
         self.requests = 0;
     }
 
     fn queue(&self) -> ActiveQueue {
         let queue = Virtqueue::new(self.driver.layout(), self.features, self.memory.clone()).unwrap();
-        ActiveQueue { index: 0, queue, kick: self.kick.try_clone().unwrap() }
+        ActiveQueue { index: self.index, queue, kick: self.kick.try_clone().unwrap() }
     }
 
     fn activate(&self, blk: &mut Blk) {
@@ -133,6 +167,7 @@ impl Guest {
     /// Writes the header of the next request; returns it, and the place of its status.
     fn header(&mut self, kind: u32, sector: u64) -> (Segment, Segment) {
         let (header, status) = (HEADERS + self.requests * 16, STATUS + self.requests * 3 + 1);
+        let (header, status) = (self.base + header, self.base + status);
         self.requests += 1;
         self.fill(header, &kind.to_le_bytes());
         self.fill(header + 4, &[0; 4]);
@@ -188,7 +223,13 @@ impl Image {
 
     fn open_as(&self, readonly: bool, serial: Option<&str>, cache: CacheMode, aio: Aio) -> Blk {
         let disk = Disk::open(&self.path, readonly, cache, "disk0").unwrap();
-        Blk::new(Arc::new(disk), &BlkOptions { number: 0, serial: serial.map(str::to_owned), aio })
+        Blk::new(Arc::new(disk), &BlkOptions { serial: serial.map(str::to_owned), aio, ..BlkOptions::default() })
+    }
+
+    /// With this many queues of this size.
+    fn open_with(&self, queues: u16, queue_size: u16, aio: Aio) -> Blk {
+        let disk = Disk::open(&self.path, false, CacheMode::Writeback, "disk0").unwrap();
+        Blk::new(Arc::new(disk), &BlkOptions { aio, queues, queue_size, ..BlkOptions::default() })
     }
 }
 
@@ -206,6 +247,7 @@ fn pattern(len: usize, seed: usize) -> Vec<u8> {
 
 mod config;
 mod host;
+mod queues;
 mod requests;
 mod rings;
 mod workers;

@@ -90,6 +90,7 @@ fn spawn(guest: &Guest, image: &Image, engine: Box<dyn Engine>) -> Worker<()> {
         memory: guest.memory.clone(),
         interrupt: guest.line.clone(),
         log: Arc::default(),
+        halt: Arc::new(EventFd::new(EFD_NONBLOCK).unwrap()),
     };
     let worker = QueueWorker::new(context, guest.queue(), engine).unwrap();
     Worker::spawn("blk0-q0", move |stop| worker.run(&stop)).unwrap()
