@@ -1,6 +1,9 @@
 //! The bare-metal guest: a small program without an operating system that tests skiff's machine from inside. It is
 //! compiled by `build.rs`; this is how the rest of the workspace gets hold of it. README.md lists its command line.
 
+#[path = "src/workload.rs"]
+pub mod workload;
+
 /// Where the ELF image lies on the machine that built it.
 pub const PATH: &str = concat!(env!("OUT_DIR"), "/guest.elf");
 

@@ -60,6 +60,21 @@ impl CommandLine {
         self.text.split_ascii_whitespace().filter_map(|word| word.strip_prefix(key)?.strip_prefix('=')).next_back()
     }
 
+    /// Whether `word` is there, as it is.
+    pub(crate) fn has(&self, word: &str) -> bool {
+        self.text.split_ascii_whitespace().any(|said| said == word)
+    }
+
+    /// `on` or `off`; `default` if it is not given.
+    pub(crate) fn switch(&self, key: &str, default: bool) -> bool {
+        match self.value(key) {
+            None => default,
+            Some("on") => true,
+            Some("off") => false,
+            Some(value) => panic!("{key}={value} is neither on nor off"),
+        }
+    }
+
     /// The value as a number, decimal or 0x; `default` if it is not given.
     pub(crate) fn number(&self, key: &str, default: u64) -> u64 {
         let Some(value) = self.value(key) else { return default };

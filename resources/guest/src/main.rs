@@ -1,5 +1,5 @@
-//! A guest without an operating system. It enters by PVH, goes down to privilege level 3 and from there tests the machine:
-//! PCI, BARs, MSI-X, the virtio transport and its devices. It reports through COM1 and the debug exit port.
+//! A guest without an operating system. It enters by PVH, goes down to privilege level 3 and from there tests the machine
+//! (PCI, BARs, MSI-X, the virtio transport and its devices), or measures how fast a disk is. It reports through COM1 and the debug exit port.
 //!
 //! One CPU, one thread, memory mapped one to one. entry.s is all that runs at level 0.
 #![no_std]
@@ -7,6 +7,7 @@
 #![expect(unsafe_code, reason = "a program on bare metal: every device register is a raw address")]
 
 mod acpi;
+mod bench;
 mod blk;
 mod boot;
 mod checks;
@@ -18,6 +19,7 @@ mod report;
 mod rng;
 mod virtio;
 mod virtqueue;
+mod workload;
 
 use boot::{Boot, CommandLine};
 use report::println;
@@ -41,7 +43,10 @@ extern "C" fn guest_main(start_info: u64) -> ! {
     println!("# skiff guest: {}", boot.command_line.text);
     memory::init(&boot);
     match acpi::Tables::find(&boot) {
-        Ok(acpi) => checks::run(&Machine { command_line: boot.command_line, acpi }),
+        Ok(acpi) => {
+            let machine = Machine { command_line: boot.command_line, acpi };
+            if boot.command_line.has("bench") { bench::run(&machine) } else { checks::run(&machine) }
+        }
         Err(failure) => {
             println!("not ok acpi: {failure}");
             report::exit(report::FAILED)

@@ -12,8 +12,8 @@ unsafe extern "C" {
 }
 
 const PAGE: u64 = 4096;
-/// More than the checks need, less than the smallest machine has.
-const ARENA_BYTES: u64 = 32 << 20;
+/// The arena ends here at the latest: above there is device memory.
+const ARENA_END: u64 = 3 << 30;
 /// What is mapped from the start, by entry.s.
 const MAPPED: u64 = 4 << 30;
 /// Present, writable, user; a large page; not cached.
@@ -36,7 +36,7 @@ pub(crate) fn init(boot: &Boot) {
         panic!("the memory map has no RAM where the guest was loaded");
     };
     NEXT.store(image_end, Ordering::Relaxed);
-    END.store(ram_end.min(image_end + ARENA_BYTES), Ordering::Relaxed);
+    END.store(ram_end.min(ARENA_END), Ordering::Relaxed);
 }
 
 /// `bytes` of zeroed memory, page-aligned.

@@ -76,6 +76,14 @@ pub(crate) fn print(arguments: fmt::Arguments<'_>) {
     let _ = Com1.write_fmt(arguments);
 }
 
+/// Waits until the host has sent a line to COM1; `false` if that takes too long.
+pub(crate) fn wait_for_line() -> bool {
+    crate::cpu::wait_until(|| {
+        // Line status: data is ready.
+        port_in::<u8>(COM1 + 5) & 1 != 0 && port_in::<u8>(COM1) == b'\n'
+    })
+}
+
 macro_rules! println {
     ($($argument:tt)*) => { $crate::report::print(format_args!("{}\n", format_args!($($argument)*))) };
 }

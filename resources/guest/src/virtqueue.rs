@@ -102,14 +102,8 @@ impl Virtqueue {
             return None;
         }
         if let Some(tables) = self.indirect {
-            let table = Mmio(tables.0 + u64::from(head) * DESCRIPTOR * MAX_BUFFERS as u64);
-            for (index, buffer) in buffers.iter().enumerate() {
-                let more = index + 1 < buffers.len();
-                write_descriptor(table, index as u16, buffer, if more { NEXT } else { 0 }, index as u16 + 1);
-            }
             self.free = self.next_free(head);
-            let whole = Buffer { address: table.0, bytes: buffers.len() as u32 * DESCRIPTOR as u32, writable: false };
-            write_descriptor(self.descriptors, head, &whole, INDIRECT, END);
+            self.write_table(tables, head, buffers);
         } else {
             let next = |index: &u16| (*index != END).then(|| self.next_free(*index));
             let free = core::iter::successors(Some(head), next);
@@ -127,6 +121,25 @@ impl Virtqueue {
         }
         self.publish(head);
         Some(head)
+    }
+
+    /// Makes a chain with this head available: for a driver that keeps track of heads itself, and takes completions with
+    /// [`Self::take`]. `false` without INDIRECT_DESC.
+    pub(crate) fn add_at(&mut self, head: u16, buffers: &[Buffer]) -> bool {
+        let Some(tables) = self.indirect else { return false };
+        self.write_table(tables, head, buffers);
+        self.publish(head);
+        true
+    }
+
+    fn write_table(&self, tables: Mmio, head: u16, buffers: &[Buffer]) {
+        let table = Mmio(tables.0 + u64::from(head) * DESCRIPTOR * MAX_BUFFERS as u64);
+        for (index, buffer) in buffers.iter().enumerate() {
+            let more = index + 1 < buffers.len();
+            write_descriptor(table, index as u16, buffer, if more { NEXT } else { 0 }, index as u16 + 1);
+        }
+        let whole = Buffer { address: table.0, bytes: buffers.len() as u32 * DESCRIPTOR as u32, writable: false };
+        write_descriptor(self.descriptors, head, &whole, INDIRECT, END);
     }
 
     /// Puts any head into the available ring, a wrong one too.
@@ -169,8 +182,15 @@ impl Virtqueue {
         self.used.read(2)
     }
 
-    /// Takes a used chain: its head and the bytes written.
+    /// Takes a used chain, and its descriptors are free again: its head and the bytes written.
     pub(crate) fn pop(&mut self) -> Option<(u16, u32)> {
+        let used = self.take()?;
+        self.release(used.0);
+        Some(used)
+    }
+
+    /// Takes a used chain: its head and the bytes written.
+    pub(crate) fn take(&mut self) -> Option<(u16, u32)> {
         if self.used_index() == self.used_index {
             return None;
         }
@@ -179,7 +199,6 @@ impl Virtqueue {
         let (head, bytes) = (self.used.read::<u32>(element), self.used.read::<u32>(element + 4));
         assert!(head < u32::from(self.size), "the used ring names descriptor {head}");
         self.used_index = self.used_index.wrapping_add(1);
-        self.release(head as u16);
         Some((head as u16, bytes))
     }
 
@@ -192,19 +211,21 @@ impl Virtqueue {
         self.free = head;
     }
 
-    /// Asks for an interrupt at the next used chain; look with [`Self::pop`] once more before sleeping.
-    pub(crate) fn arm(&mut self) {
+    /// Asks for an interrupt at the next used chain; `false` if there is one already, for which none may come.
+    pub(crate) fn arm(&mut self) -> bool {
         if self.event_idx {
             self.available.write(4 + 2 * u64::from(self.size), self.used_index);
         } else {
             self.available.write(0, 0_u16);
         }
         fence(Ordering::SeqCst);
+        self.used_index() == self.used_index
     }
 
     fn disarm(&mut self) {
         if self.interrupts {
-            return self.arm();
+            self.arm();
+            return;
         }
         // An index that the device has just left behind.
         self.available.write(4 + 2 * u64::from(self.size), self.used_index.wrapping_sub(1));

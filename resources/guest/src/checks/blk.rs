@@ -8,6 +8,7 @@ use crate::cpu::Mmio;
 use crate::memory;
 use crate::report::{Failure, Outcome, equal, holds, println};
 use crate::virtio::Options;
+use crate::workload::pattern;
 
 pub(super) const CHECKS: &[Check] = &[
     Check { name: "the first MiB reads as the host wrote it, in all sizes", run: reads },
@@ -21,14 +22,6 @@ pub(super) const CHECKS: &[Check] = &[
 ];
 
 const MIB: u64 = 1 << 20;
-
-/// Word `offset / 8` of the pattern: SplitMix64's output for the state `seed + offset`. The host's test has the same.
-fn pattern(seed: u64, offset: u64) -> u64 {
-    let mut word = seed.wrapping_add(offset).wrapping_add(0x9e37_79b9_7f4a_7c15);
-    word = (word ^ word >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    word = (word ^ word >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
-    word ^ word >> 31
-}
 
 fn seed(machine: &Machine) -> u64 {
     machine.command_line.number("seed", 1)

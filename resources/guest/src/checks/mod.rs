@@ -2,7 +2,7 @@
 
 mod bar;
 mod blk;
-mod msix;
+pub(crate) mod msix;
 mod notify;
 mod pci;
 mod reset;

@@ -31,7 +31,7 @@ pub(super) const CHECKS: &[Check] = &[
 const CONFIG_ENTRY: u16 = 0;
 const QUEUE_ENTRY: u16 = 1;
 pub(super) const CONFIG_VECTOR: u8 = 0x30;
-pub(super) const QUEUE_VECTOR: u8 = 0x31;
+pub(crate) const QUEUE_VECTOR: u8 = 0x31;
 const OTHER_VECTOR: u8 = 0x32;
 
 const PLAIN: Options = Options { features: 0, vectors: None, queue_size: 64 };
@@ -89,17 +89,23 @@ fn control(machine: &Machine) -> Outcome {
     Ok(())
 }
 
-/// A running disk with its two entries directed and unmasked.
-pub(super) fn open(machine: &Machine, options: Options) -> Outcome<(Disk, Msix)> {
+/// Directs the disk's two entries to their vectors and unmasks them; their numbers.
+pub(crate) fn direct_both(machine: &Machine) -> Outcome<(u16, u16)> {
     let function = machine.disk()?;
     Device::find(function)?;
     let msix = Msix::find(function)?;
-    msix.direct(CONFIG_ENTRY, CONFIG_VECTOR);
-    msix.direct(QUEUE_ENTRY, QUEUE_VECTOR);
-    msix.mask(CONFIG_ENTRY, false);
-    msix.mask(QUEUE_ENTRY, false);
-    let disk = Disk::open(function, Options { vectors: Some((CONFIG_ENTRY, QUEUE_ENTRY)), ..options })?;
-    Ok((disk, msix))
+    for (entry, vector) in [(CONFIG_ENTRY, CONFIG_VECTOR), (QUEUE_ENTRY, QUEUE_VECTOR)] {
+        msix.direct(entry, vector);
+        msix.mask(entry, false);
+    }
+    Ok((CONFIG_ENTRY, QUEUE_ENTRY))
+}
+
+/// A running disk with its two entries directed and unmasked.
+pub(super) fn open(machine: &Machine, options: Options) -> Outcome<(Disk, Msix)> {
+    let vectors = Some(direct_both(machine)?);
+    let disk = Disk::open(machine.disk()?, Options { vectors, ..options })?;
+    Ok((disk, Msix::find(machine.disk()?)?))
 }
 
 fn open_default(machine: &Machine) -> Outcome<(Disk, Msix)> {
