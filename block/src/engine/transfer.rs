@@ -6,7 +6,7 @@ use std::io::{self, ErrorKind};
 use std::os::fd::AsRawFd;
 
 use libc::iovec;
-use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, VolatileSlice};
 
 use super::{Op, OpKind};
 use crate::direct::{AlignedBuffer, Alignment};
@@ -302,10 +302,17 @@ fn retry<T>(mut call: impl FnMut() -> io::Result<T>) -> io::Result<T> {
 /// Fills `buffers` with the op's segments as they are mapped here; none of them is empty.
 pub(super) fn resolve(op: &Op, buffers: &mut Vec<iovec>) -> io::Result<()> {
     buffers.clear();
+    let mut add = |slice: &VolatileSlice<'_>| {
+        buffers.push(iovec { iov_base: slice.ptr_guard_mut().as_ptr().cast(), iov_len: slice.len() });
+    };
     for &(address, len) in &op.segments {
+        // All in one region, and several times faster.
+        if let (true, Ok(slice)) = (len > 0, op.memory.get_slice(address, len as usize)) {
+            add(&slice);
+            continue;
+        }
         for slice in op.memory.get_slices(address, len as usize) {
-            let slice = slice.map_err(|_| io::Error::from_raw_os_error(libc::EFAULT))?;
-            buffers.push(iovec { iov_base: slice.ptr_guard_mut().as_ptr().cast(), iov_len: slice.len() });
+            add(&slice.map_err(|_| io::Error::from_raw_os_error(libc::EFAULT))?);
         }
     }
     Ok(())

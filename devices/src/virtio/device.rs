@@ -12,7 +12,7 @@ use super::queue::Virtqueue;
 /// Interrupts of one device, as its workers raise them. Cheap, callable from any thread, never blocks.
 pub trait Interrupt: Send + Sync {
     /// Tells the driver that `queue` has used buffers (virtio 1.2, 2.3). The caller has asked
-    /// [`Virtqueue::needs_interrupt`] first.
+    /// [`Virtqueue::publish`] first.
     fn queue(&self, queue: u16);
 
     /// Tells the driver that the configuration changed (virtio 1.2, 2.4).

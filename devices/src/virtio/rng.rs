@@ -102,7 +102,7 @@ impl Source {
         }
         let mut events = [EpollEvent::default(); 2];
         loop {
-            let idle = !self.serve_one()? && !self.queue.enable_notification().map_err(io::Error::other)?;
+            let idle = !self.serve_one()? && !self.queue.enable_notification();
             let ready = match epoll.wait(if idle { -1 } else { 0 }, &mut events) {
                 Ok(ready) => ready,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => 0,
@@ -120,7 +120,7 @@ impl Source {
 
     /// Fills one chain and returns it to the driver; `false` if there is none.
     fn serve_one(&mut self) -> io::Result<bool> {
-        self.queue.disable_notification().map_err(io::Error::other)?;
+        self.queue.disable_notification();
         if !self.queue.pop(&mut self.chain).map_err(io::Error::other)? {
             return Ok(false);
         }
@@ -131,8 +131,8 @@ impl Source {
             read.map_err(io::Error::other)?;
             filled += count;
         }
-        self.queue.push(self.chain.head, filled as u32).map_err(io::Error::other)?;
-        if self.queue.needs_interrupt().map_err(io::Error::other)? {
+        self.queue.push(self.chain.head, filled as u32);
+        if self.queue.publish() {
             self.interrupt.queue(self.index);
         }
         Ok(true)

@@ -9,6 +9,7 @@ use virtio_bindings::virtio_blk::{
 use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryMmap};
 
 use super::Broken;
+use crate::virtio::area;
 use crate::virtio::queue::{Chain, Segment};
 
 /// Bytes of `struct virtio_blk_req` before the data: type, reserved, sector.
@@ -143,7 +144,7 @@ impl Request {
     /// # Errors
     /// When the byte is not in guest memory.
     pub(super) fn finish(self, status: Status, memory: &GuestMemoryMmap) -> Result<(u16, u32), Broken> {
-        memory.write_slice(&[status as u8], self.status).map_err(|_| Broken::NoStatus(self.head))?;
+        area::write_byte(memory, self.status, status as u8).map_err(|_| Broken::NoStatus(self.head))?;
         Ok((self.head, if status == Status::Ok { self.data_in + 1 } else { 1 }))
     }
 }
@@ -158,7 +159,7 @@ fn read_header(segments: &[Segment], memory: &GuestMemoryMmap) -> Option<Header>
     let mut rest = &mut bytes[..];
     for segment in segments.iter().filter(|segment| !segment.writable) {
         let (now, later) = rest.split_at_mut(rest.len().min(segment.len as usize));
-        memory.read_slice(now, segment.address).ok()?;
+        area::read(memory, segment.address, now).ok()?;
         rest = later;
     }
     let complete = rest.is_empty();

@@ -112,7 +112,7 @@ impl QueueWorker {
     fn serve(&mut self, stop: &EventFd) -> Result<(), Broken> {
         watch(&self.epoll, stop, EventSet::IN, STOP)?;
         watch(&self.epoll, &self.context.halt, EventSet::IN, STOP)?;
-        self.queue.disable_notification()?;
+        self.queue.disable_notification();
         loop {
             let mut busy = true;
             for _ in 0..BUSY_ROUNDS {
@@ -122,23 +122,30 @@ impl QueueWorker {
                 }
             }
             // What became available before notifications were on will not be announced.
-            let awake = busy || self.queue.enable_notification()?;
+            let awake = busy || self.queue.enable_notification();
             if self.sleep(awake)? {
                 return Ok(());
             }
-            self.queue.disable_notification()?;
+            self.queue.disable_notification();
         }
     }
 
     /// Answers what is completed, starts what is available; `false` if there was neither.
     fn round(&mut self) -> Result<bool, Broken> {
         let completed = self.complete()?;
-        let (taken, answered) = self.take()?;
+        // Before anything is started: meanwhile the driver goes on with what it has.
+        self.tell();
+        let taken = self.take()?;
         self.engine.submit();
-        if (completed || answered) && self.queue.needs_interrupt()? {
+        self.tell();
+        Ok(completed || taken)
+    }
+
+    /// Shows the driver what was answered since the last time, with one interrupt if it wants one.
+    fn tell(&mut self) {
+        if self.queue.publish() {
             self.context.interrupt.queue(self.index);
         }
-        Ok(completed || taken)
     }
 
     fn complete(&mut self) -> Result<bool, Broken> {
@@ -155,9 +162,9 @@ impl QueueWorker {
         Ok(any)
     }
 
-    /// Takes at most one ring's length of requests. Returns whether there were any, and whether some are answered.
-    fn take(&mut self) -> Result<(bool, bool), Broken> {
-        let (mut taken, mut answered) = (false, false);
+    /// Takes at most one ring's length of requests. Returns whether there were any.
+    fn take(&mut self) -> Result<bool, Broken> {
+        let mut taken = false;
         for _ in 0..self.queue.size() {
             if !self.queue.pop(&mut self.chain)? {
                 break;
@@ -183,9 +190,8 @@ impl QueueWorker {
             };
             self.spare.push(op);
             self.answer(request, status)?;
-            answered = true;
         }
-        Ok((taken, answered))
+        Ok(taken)
     }
 
     /// A flush, unless the caller makes something else of it.
@@ -195,7 +201,8 @@ impl QueueWorker {
 
     fn answer(&mut self, request: Request, status: Status) -> Result<(), Broken> {
         let (head, written) = request.finish(status, &self.context.memory)?;
-        Ok(self.queue.push(head, written)?)
+        self.queue.push(head, written);
+        Ok(())
     }
 
     fn judge(&self, op: &Op, result: &io::Result<()>) -> Status {

@@ -454,7 +454,8 @@ fn a_request_travels_by_eventfds() {
         assert_eq!((active.features, active.queues.len(), active.queues[0].index), (features, 1, 1));
         let mut chain = Chain::default();
         assert!(active.queues[0].queue.pop(&mut chain).unwrap());
-        active.queues[0].queue.push(chain.head, 4).unwrap();
+        active.queues[0].queue.push(chain.head, 4);
+        let _ = active.queues[0].queue.publish();
         active.interrupt.queue(1);
     }
     assert_eq!(guest.msi.raised(), raised(2));
