@@ -10,5 +10,6 @@ pub mod pci;
 pub mod power;
 pub mod pvpanic;
 pub mod serial;
+pub mod statistics;
 pub mod virtio;
 pub mod worker;

@@ -17,6 +17,7 @@ use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use self::request::{Rules, Serial};
+use self::statistics::Statistics;
 use self::worker::{Context, QueueWorker};
 use super::device::{ActivateError, Activation, ActiveQueue, VirtioDevice};
 use super::queue::QueueError;
@@ -24,6 +25,7 @@ use crate::log_limit::LogLimit;
 use crate::worker::Worker;
 
 mod request;
+pub mod statistics;
 mod worker;
 
 /// The most queues of a disk. Each that the driver enables has a thread and an engine.
@@ -52,11 +54,20 @@ pub struct BlkOptions {
     pub queues: u16,
     /// Entries of each queue, at most: one of [`QUEUE_SIZES`].
     pub queue_size: u16,
+    /// Where its requests are counted.
+    pub statistics: Arc<Statistics>,
 }
 
 impl Default for BlkOptions {
     fn default() -> Self {
-        Self { number: 0, serial: None, aio: Aio::default(), queues: 1, queue_size: QUEUE_SIZE }
+        Self {
+            number: 0,
+            serial: None,
+            aio: Aio::default(),
+            queues: 1,
+            queue_size: QUEUE_SIZE,
+            statistics: Arc::default(),
+        }
     }
 }
 
@@ -83,6 +94,7 @@ pub struct Blk {
     aio: Aio,
     /// One size a queue, all the same.
     queue_sizes: Vec<u16>,
+    statistics: Arc<Statistics>,
     workers: Vec<Worker<()>>,
     /// Across resets, for a guest can reset as often as it likes.
     log: Arc<Mutex<LogLimit>>,
@@ -101,6 +113,7 @@ impl Blk {
             serial,
             aio: options.aio,
             queue_sizes: vec![options.queue_size; options.queues.into()],
+            statistics: options.statistics.clone(),
             workers: Vec::new(),
             log: Arc::default(),
         }
@@ -173,6 +186,7 @@ impl VirtioDevice for Blk {
             interrupt: activation.interrupt,
             log: self.log.clone(),
             halt: Arc::new(EventFd::new(EFD_NONBLOCK).map_err(failed)?),
+            statistics: self.statistics.clone(),
         };
         for queue in activation.queues {
             match self.start(queue, context.clone()) {

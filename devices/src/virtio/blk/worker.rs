@@ -14,6 +14,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::Broken;
 use super::request::{Action, Request, Rules, Serial, Status};
+use super::statistics::{Kind, Recorder, Statistics};
 use crate::log_limit::LogLimit;
 use crate::virtio::device::{ActiveQueue, Interrupt};
 use crate::virtio::queue::{Chain, Virtqueue};
@@ -21,10 +22,12 @@ use crate::virtio::queue::{Chain, Virtqueue};
 /// Rounds with work after which the worker looks whether it is to stop, however busy the driver keeps it.
 const BUSY_ROUNDS: u32 = 64;
 
-/// Why the worker wakes: a notification or a completion.
-const WORK: u64 = 0;
+/// Why the worker wakes: the driver notified.
+const KICK: u64 = 0;
+/// Why the worker wakes: something completed.
+const COMPLETION: u64 = 1;
 /// Why the worker wakes: it is to stop.
-const STOP: u64 = 1;
+const STOP: u64 = 2;
 
 /// What a worker needs besides its queue and its engine; the same for all queues of a disk.
 #[derive(Clone)]
@@ -37,6 +40,7 @@ pub(super) struct Context {
     pub(super) log: Arc<Mutex<LogLimit>>,
     /// Readable when one queue is broken: all queues of the device stop then.
     pub(super) halt: Arc<EventFd>,
+    pub(super) statistics: Arc<Statistics>,
 }
 
 /// One queue at work.
@@ -56,6 +60,7 @@ pub(super) struct QueueWorker {
     spare: Vec<Op>,
     /// The guest wrote to the disk.
     wrote: bool,
+    record: Recorder,
 }
 
 impl QueueWorker {
@@ -65,9 +70,10 @@ impl QueueWorker {
         let epoll = Epoll::new()?;
         // Edge-triggered, so nobody need read the two: every write of them wakes, and waking is all they are for.
         let edge = EventSet::IN | EventSet::EDGE_TRIGGERED;
-        watch(&epoll, &queue.kick, edge, WORK)?;
-        watch(&epoll, engine.completion_event(), edge, WORK)?;
+        watch(&epoll, &queue.kick, edge, KICK)?;
+        watch(&epoll, engine.completion_event(), edge, COMPLETION)?;
         let size = queue.queue.size();
+        let record = Recorder::new(context.statistics.queue(queue.index), size);
         Ok(Self {
             context,
             index: queue.index,
@@ -80,6 +86,7 @@ impl QueueWorker {
             completions: Vec::with_capacity(size.into()),
             spare: Vec::with_capacity(size.into()),
             wrote: false,
+            record,
         })
     }
 
@@ -136,6 +143,7 @@ impl QueueWorker {
         // Before anything is started: meanwhile the driver goes on with what it has.
         self.tell();
         let taken = self.take()?;
+        self.record.submitting();
         self.engine.submit();
         self.tell();
         Ok(completed || taken)
@@ -145,6 +153,7 @@ impl QueueWorker {
     fn tell(&mut self) {
         if self.queue.publish() {
             self.context.interrupt.queue(self.index);
+            self.record.interrupted();
         }
     }
 
@@ -154,11 +163,13 @@ impl QueueWorker {
         let any = !completions.is_empty();
         for Completion { tag, op, result } in completions.drain(..) {
             let status = self.judge(&op, &result);
+            self.record.completed(tag, result.is_err());
             self.spare.push(op);
             let request = self.slots.get_mut(usize::from(tag)).and_then(Option::take);
             self.answer(request.expect("an engine completes each op once"), status)?;
         }
         self.completions = completions;
+        self.record.reaped();
         Ok(any)
     }
 
@@ -182,13 +193,16 @@ impl QueueWorker {
                     (op.kind, op.offset) = (kind, offset);
                     self.wrote |= matches!(kind, OpKind::Write { .. });
                     self.slots[usize::from(head)] = Some(request);
+                    self.record.taken(head, Kind::of(action), length(&op));
                     self.engine.push(op, head);
+                    self.record.handed(head);
                     continue;
                 }
                 Action::Identify => request.identify(&self.context.serial, &op.segments, &self.context.memory),
                 Action::Answer(status) => status,
             };
             self.spare.push(op);
+            self.record.answered(Kind::of(action), status);
             self.answer(request, status)?;
         }
         Ok(taken)
@@ -225,10 +239,16 @@ impl QueueWorker {
     }
 
     /// Sleeps until there may be something to do, or not at all if `awake`; `true` if it is to stop.
-    fn sleep(&self, awake: bool) -> Result<bool, Broken> {
+    fn sleep(&mut self, awake: bool) -> Result<bool, Broken> {
         let mut events = [EpollEvent::default(); 4];
         match self.epoll.wait(if awake { 0 } else { -1 }, &mut events) {
-            Ok(count) => Ok(events.iter().take(count).any(|event| event.data() == STOP)),
+            Ok(count) => {
+                let woke = |why| events.iter().take(count).any(|event| event.data() == why);
+                if woke(KICK) {
+                    self.record.kicked();
+                }
+                Ok(woke(STOP))
+            }
             Err(error) if error.kind() == io::ErrorKind::Interrupted => Ok(false),
             Err(error) => Err(error.into()),
         }
@@ -237,4 +257,9 @@ impl QueueWorker {
 
 fn watch(epoll: &Epoll, event: &EventFd, set: EventSet, why: u64) -> io::Result<()> {
     epoll.ctl(ControlOperation::Add, event.as_raw_fd(), EpollEvent::new(set, why))
+}
+
+/// Bytes of data.
+fn length(op: &Op) -> u32 {
+    op.segments.iter().map(|segment| segment.1).sum()
 }

@@ -228,8 +228,12 @@ impl Image {
 
     /// With this many queues of this size.
     fn open_with(&self, queues: u16, queue_size: u16, aio: Aio) -> Blk {
+        self.open_for(&BlkOptions { aio, queues, queue_size, ..BlkOptions::default() })
+    }
+
+    fn open_for(&self, options: &BlkOptions) -> Blk {
         let disk = Disk::open(&self.path, false, CacheMode::Writeback, "disk0").unwrap();
-        Blk::new(Arc::new(disk), &BlkOptions { aio, queues, queue_size, ..BlkOptions::default() })
+        Blk::new(Arc::new(disk), options)
     }
 }
 
@@ -250,4 +254,5 @@ mod host;
 mod queues;
 mod requests;
 mod rings;
+mod statistics;
 mod workers;

@@ -91,6 +91,7 @@ fn spawn(guest: &Guest, image: &Image, engine: Box<dyn Engine>) -> Worker<()> {
         interrupt: guest.line.clone(),
         log: Arc::default(),
         halt: Arc::new(EventFd::new(EFD_NONBLOCK).unwrap()),
+        statistics: Arc::default(),
     };
     let worker = QueueWorker::new(context, guest.queue(), engine).unwrap();
     Worker::spawn("blk0-q0", move |stop| worker.run(&stop)).unwrap()
