@@ -348,6 +348,27 @@ fn failures_of_the_bench_are_told() {
     disk.assert_untouched();
 }
 
+/// What `--stats` counts is what the guest says it did: 1 MiB written in pieces and flushed once, one look at the serial
+/// number, five accesses past the end and one of an unknown type.
+#[test]
+fn statistics() {
+    let Some(bench) = Bench::new("statistics") else { return };
+    let disk = bench.disk("disk.img");
+    let log = bench.scratch.path().join("skiff.log");
+    let more = ["--disk", &disk.option(), "--stats=json", "-q", "--log-file", log.to_str().expect("a path of ours")];
+    bench.run("test=blk", &more).assert_passed("blk", 1);
+    let line = fs::read_to_string(&log).expect("the log is read");
+    let all: serde_json::Value = serde_json::from_str(&line).expect("the log is one line of JSON");
+    let queue = &all["disks"][0]["queues"][0];
+    assert_eq!(queue["bytes"]["write"], MIB, "{queue}");
+    for (kind, requests, errors) in [("flush", 1, 0), ("identify", 1, 0), ("refused", 6, 6)] {
+        assert_eq!((&queue["requests"][kind], &queue["errors"][kind]), (&requests.into(), &errors.into()), "{queue}");
+    }
+    let requests = ["read", "write", "flush"].map(|kind| queue["requests"][kind].as_u64().expect("a number"));
+    assert_eq!(queue["latency_ns"]["total"]["count"], requests.iter().sum::<u64>(), "{queue}");
+    assert!(queue["interrupts"].as_u64() > Some(0) && queue["kicks"].as_u64() > Some(0), "{queue}");
+}
+
 #[test]
 fn doorbells_without_ioeventfd() {
     let Some(bench) = Bench::new("doorbells_without_ioeventfd") else { return };

@@ -12,5 +12,6 @@ pub mod kvm;
 pub mod layout;
 pub mod memory;
 mod regs;
+pub mod statistics;
 pub mod vcpu;
 pub mod vm;

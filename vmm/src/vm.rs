@@ -17,14 +17,16 @@ use anyhow::{Context, bail};
 use block::direct::Alignment;
 use block::disk::Disk;
 use devices::acpi::PowerButton;
+use devices::virtio::blk::statistics::Statistics;
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
-use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGUSR1};
 
 use crate::builder::{Machine, VmBuilder};
-use crate::config::{DiskConfig, OnReboot, SerialConfig, VmConfig};
+use crate::config::{DiskConfig, OnReboot, SerialConfig, StatsFormat, VmConfig};
 use crate::console::{Console, ConsoleAction};
 use crate::exit::{ExitLine, ExitReason};
 use crate::kvm;
+use crate::statistics::Report;
 use crate::vcpu::VcpuThreads;
 
 /// What the user named, opened and locked once; a reboot of the guest builds a new machine on the same files.
@@ -35,6 +37,8 @@ pub struct Resources {
     pub initrd: Option<File>,
     /// One a `--disk`, in their order. The locks on the images are held until this is dropped.
     pub disks: Vec<Arc<Disk>>,
+    /// What is counted of each disk, in the same order.
+    pub statistics: Vec<Arc<Statistics>>,
 }
 
 impl Resources {
@@ -47,7 +51,8 @@ impl Resources {
         let initrd = config.initrd.as_deref().map(|path| open("--initrd", path)).transpose()?;
         let disks = config.disks.iter().map(|disk| open_disk(disk).context("--disk")).collect::<anyhow::Result<_>>()?;
         check_console_file(config)?;
-        Ok(Self { kernel, initrd, disks })
+        let statistics = config.disks.iter().map(|_| Arc::new(Statistics::new(config.stats.is_some()))).collect();
+        Ok(Self { kernel, initrd, disks, statistics })
     }
 }
 
@@ -91,11 +96,12 @@ fn open(option: &str, path: &Path) -> anyhow::Result<File> {
     })
 }
 
-/// Runs the machine that `config` describes until it ends for good, and says how it ended.
+/// Runs the machine that `config` describes until it ends for good, and says how it ended. `print` gets the statistics,
+/// whole lines, when the machine ends if `config` says so, and on SIGUSR1.
 ///
 /// # Errors
 /// When the machine cannot be started: one line that names the option and the remedy.
-pub fn run(config: &VmConfig) -> anyhow::Result<ExitReason> {
+pub fn run(config: &VmConfig, print: &dyn Fn(&str)) -> anyhow::Result<ExitReason> {
     let kvm = kvm::open()?;
     let resources = Resources::open(config)?;
     let exit = Arc::new(ExitLine::new().context("no eventfd")?);
@@ -108,21 +114,23 @@ pub fn run(config: &VmConfig) -> anyhow::Result<ExitReason> {
             none => none.insert(Control::new(config, &exit)?),
         };
         let machine = board.connect(&mut control.console.borrow_mut())?;
-        let reason = run_machine(machine, control)?;
+        let report = |format| print(&Report::new(&config.disks, &resources.statistics).format(format));
+        let reason = run_machine(machine, control, &|| report(config.stats.unwrap_or(StatsFormat::Text)))?;
         let restart = reason == ExitReason::Reset && config.on_reboot == OnReboot::Restart && !control.is_stopping();
         if !restart {
+            config.stats.into_iter().for_each(report);
             return Ok(reason);
         }
         tracing::info!("the guest reset the machine; starting it again");
     }
 }
 
-/// From the first instruction to the last flush.
-fn run_machine(machine: Machine, control: &mut Control) -> anyhow::Result<ExitReason> {
+/// From the first instruction to the last flush; `report` when SIGUSR1 asks for it.
+fn run_machine(machine: Machine, control: &mut Control, report: &dyn Fn()) -> anyhow::Result<ExitReason> {
     let Machine { vcpus, serial, power_button, functions, .. } = machine;
     let running = VcpuThreads::start(vcpus).context("no thread for a vCPU");
     let waited = running.and_then(|_threads| {
-        let waited = control.wait(&power_button);
+        let waited = control.wait(&power_button, report);
         // A vCPU that waits for a slow console would never see that it has to stop. The threads end here.
         serial.release();
         waited
@@ -144,16 +152,19 @@ struct Control {
     stops: Arc<AtomicU32>,
     /// The same, of a terminal that hangs up. The shell and the kernel both say it, so it is no second request.
     hang_ups: Arc<AtomicU32>,
+    /// The same, of requests to print the statistics.
+    reports: Arc<AtomicU32>,
     deadline: Option<Instant>,
 }
 
 impl Control {
     fn new(config: &VmConfig, exit: &Arc<ExitLine>) -> anyhow::Result<Self> {
-        let (stops, hang_ups) = (Arc::new(AtomicU32::new(0)), Arc::new(AtomicU32::new(0)));
+        let [stops, hang_ups, reports] = [(); 3].map(|()| Arc::new(AtomicU32::new(0)));
         let stop_signals = Signals::new(&[SIGTERM, SIGINT, SIGQUIT], &stops).context("signals")?;
         // nohup(1) asks us not to mind.
         let minded: &[i32] = if is_ignored(SIGHUP) { &[] } else { &[SIGHUP] };
         let hang_up_signals = Signals::new(minded, &hang_ups).context("signals")?;
+        let report_signals = Signals::new(&[SIGUSR1], &reports).context("signals")?;
         let (quit, button) = (exit.clone(), stops.clone());
         let console = Console::open(&config.serial, move |action| match action {
             ConsoleAction::Quit => quit.raise(ExitReason::Quit),
@@ -163,19 +174,24 @@ impl Control {
         let mut events = EventManager::<Rc<RefCell<dyn MutEventSubscriber>>>::new().context("no epoll")?;
         events.add_subscriber(Rc::new(RefCell::new(stop_signals)));
         events.add_subscriber(Rc::new(RefCell::new(hang_up_signals)));
+        events.add_subscriber(Rc::new(RefCell::new(report_signals)));
         events.add_subscriber(Rc::new(RefCell::new(Ended(exit.clone()))));
         events.add_subscriber(console.clone());
-        Ok(Self { events, console, exit: exit.clone(), grace: config.grace, stops, hang_ups, deadline: None })
+        let (exit, grace) = (exit.clone(), config.grace);
+        Ok(Self { events, console, exit, grace, stops, hang_ups, reports, deadline: None })
     }
 
     /// Handles events until the end of the machine is announced. The first request to stop presses the power button;
     /// the second, or the end of the grace period, announces the end itself.
-    fn wait(&mut self, power_button: &PowerButton) -> anyhow::Result<()> {
+    fn wait(&mut self, power_button: &PowerButton, report: &dyn Fn()) -> anyhow::Result<()> {
         while !self.exit.is_raised() {
             let patience = self.deadline.map_or(-1, |deadline| {
                 i32::try_from(deadline.saturating_duration_since(Instant::now()).as_millis() + 1).unwrap_or(i32::MAX)
             });
             self.events.run_with_timeout(patience).context("epoll")?;
+            if self.reports.swap(0, Ordering::Relaxed) > 0 {
+                report();
+            }
             let hung_up = self.hang_ups.swap(0, Ordering::Relaxed) > 0 && self.deadline.is_none();
             for _ in 0..self.stops.swap(0, Ordering::Relaxed).max(hung_up.into()) {
                 if self.deadline.is_none() {

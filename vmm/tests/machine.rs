@@ -1,7 +1,7 @@
 //! Machines from outside, with kernels of a few instructions: what the process does beside running its guest.
 
 use std::fs;
-use std::io::{Read, Write};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::process::{Child, Command, Stdio};
@@ -105,7 +105,7 @@ fn the_console_does_not_overwrite_a_file_of_the_machine() {
 }
 
 /// Starts [`WAIT`], and waits until the guest runs. Its input is still to come.
-fn waiting(mut command: Command) -> Child {
+fn waiting(command: &mut Command) -> Child {
     let mut child = command.arg("--debug-exit").stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
     let mut prompt = [0];
     child.stdout.as_mut().unwrap().read_exact(&mut prompt).unwrap();
@@ -133,7 +133,7 @@ fn every_signal_of_a_terminal_stops_in_order() {
         let folder = tempfile::tempdir().unwrap();
         let Some(mut command) = machine(&folder, WAIT) else { return };
         command.args(["--grace", "0"]);
-        let mut child = waiting(command);
+        let mut child = waiting(&mut command);
         send(&child, signal);
         assert_eq!(child.wait().unwrap().code(), Some(10), "{signal}");
     }
@@ -142,8 +142,8 @@ fn every_signal_of_a_terminal_stops_in_order() {
 #[test]
 fn hang_ups_are_no_second_request() {
     let folder = tempfile::tempdir().unwrap();
-    let Some(command) = machine(&folder, WAIT) else { return };
-    let mut child = waiting(command);
+    let Some(mut command) = machine(&folder, WAIT) else { return };
+    let mut child = waiting(&mut command);
     for signal in ["HUP", "HUP", "HUP"] {
         send(&child, signal);
     }
@@ -157,10 +157,52 @@ fn a_hang_up_that_is_ignored_stays_ignored() {
     let Some(command) = machine(&folder, WAIT) else { return };
     let mut nohup = Command::new("nohup");
     nohup.arg(command.get_program()).args(command.get_args()).stderr(Stdio::null());
-    let mut child = waiting(nohup);
+    let mut child = waiting(&mut nohup);
     assert_eq!(signals(&child, "SigIgn") & 1, 1);
     child.stdin.as_mut().unwrap().write_all(b"x").unwrap();
     assert_eq!(child.wait().unwrap().code(), Some(33));
+}
+
+/// The lines of stderr, as long as they come.
+fn lines(child: &mut Child) -> impl Iterator<Item = String> + use<> {
+    BufReader::new(child.stderr.take().unwrap()).lines().map_while(Result::ok)
+}
+
+#[test]
+fn statistics_on_demand_and_at_the_end() {
+    let folder = tempfile::tempdir().unwrap();
+    let image = folder.path().join("disk.img");
+    fs::write(&image, [0; 512]).unwrap();
+    let log = folder.path().join("skiff.log");
+    for (flag, to_file) in
+        [(None, false), (Some("--stats"), false), (Some("--stats=json"), false), (Some("--stats"), true)]
+    {
+        let Some(mut command) = machine(&folder, WAIT) else { return };
+        command.args(["-q", "--disk"]).arg(format!("path={},id=root", image.display())).args(flag);
+        if to_file {
+            command.arg("--log-file").arg(&log);
+        }
+        let mut child = waiting(command.stderr(Stdio::piped()));
+        let mut said = lines(&mut child);
+        send(&child, "USR1");
+        // No driver ran: a disk without queues.
+        let head = "disk root";
+        let first = if to_file { None } else { said.next() };
+        match flag {
+            Some("--stats=json") => assert_eq!(first.as_deref(), Some(r#"{"disks":[{"id":"root","queues":[]}]}"#)),
+            _ if to_file => {
+                while !fs::read_to_string(&log).unwrap().starts_with(head) {
+                    std::thread::yield_now();
+                }
+            }
+            _ => assert_eq!(first.as_deref(), Some(head)),
+        }
+        child.stdin.as_mut().unwrap().write_all(b"x").unwrap();
+        assert_eq!(child.wait().unwrap().code(), Some(33));
+        let (again, log) = (said.filter(|line| line.contains("root")).count(), fs::read_to_string(&log));
+        assert_eq!(again, usize::from(flag.is_some() && !to_file), "{flag:?}");
+        assert!(!to_file || log.unwrap().matches(head).count() == 2);
+    }
 }
 
 #[test]

@@ -5,7 +5,7 @@ use std::fmt;
 use std::fs::{File, OpenOptions};
 use std::io::{self, IsTerminal, Write};
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use clap::Args;
 use tracing::level_filters::LevelFilter;
@@ -51,7 +51,7 @@ impl LogArgs {
             let path = path.display();
             Failure::Usage(format!("--log-file {path}: {error}; name a file that can be written"))
         })?;
-        let file = Arc::new(file);
+        let file = FILE.get_or_init(|| Arc::new(file)).clone();
         log.event_format(Line { dated: true }).with_writer(move || LogFile(file.clone())).init();
         Ok(())
     }
@@ -62,6 +62,18 @@ pub(super) fn last_line(line: &str) {
     let line: String = line.chars().map(|letter| if letter.is_control() { ' ' } else { letter }).collect();
     let _ = writeln!(Stderr::here(), "skiff: {line}");
 }
+
+/// Writes `text`, whole lines that are no log line, to where log lines go, at every level.
+pub(super) fn block(text: &str) {
+    // Neither fails: the file hands to stderr what it does not take, and stderr takes everything.
+    let _ = match FILE.get() {
+        Some(file) => LogFile(file.clone()).write_all(text.as_bytes()),
+        None => Stderr::here().write_all(text.as_bytes()),
+    };
+}
+
+/// The file of `--log-file`, if there is one.
+static FILE: OnceLock<Arc<File>> = OnceLock::new();
 
 /// One event as a line.
 struct Line {

@@ -57,6 +57,11 @@ pub(super) struct RunArgs {
     /// Seconds between the power button and a stop by force [default: 30]
     #[arg(long, value_name = "SECONDS", allow_hyphen_values = true)]
     grace: Option<String>,
+    /// Print what the disks did when the machine ends, as text or as one line of JSON, to stderr or the log file
+    ///
+    /// SIGUSR1 prints the same at any time, as text without this flag. Latencies are recorded with it only.
+    #[arg(long, value_name = "text|json|off", num_args = 0..=1, require_equals = true, default_missing_value = "text")]
+    stats: Option<String>,
     /// Take the settings of this TOML file, which has the names of these flags
     #[arg(long, value_name = "FILE", value_hint = clap::ValueHint::FilePath)]
     config: Option<PathBuf>,
@@ -67,7 +72,7 @@ pub(super) struct RunArgs {
 
 /// Starts the machine and waits for its end.
 fn start(vm: &VmConfig) -> anyhow::Result<ExitReason> {
-    skiff::vm::run(vm)
+    skiff::vm::run(vm, &super::log::block)
 }
 
 impl RunArgs {
@@ -103,6 +108,7 @@ impl RunArgs {
             ("debug-exit", &self.debug_exit),
             ("no-reboot", &self.no_reboot),
             ("grace", &self.grace),
+            ("stats", &self.stats),
         ];
         let given = flags.iter().filter_map(|(key, text)| Some((*key, text.as_ref()?)));
         let mut request = Request::default();

@@ -16,10 +16,10 @@ use toml::de::{DeTable, DeValue};
 use super::list::{self, Setting, Settings};
 use super::place::{ConfigError, Place};
 use super::value::format_size;
-use super::{DISK_KEYS, MEMORY_KEYS, OnReboot, Request, SerialConfig, VmConfig};
+use super::{DISK_KEYS, MEMORY_KEYS, OnReboot, Request, SerialConfig, StatsFormat, VmConfig};
 
 /// The settings of a machine: the keys of a configuration file, and the flags of `skiff run`.
-pub const KEYS: [&str; 11] = [
+pub const KEYS: [&str; 12] = [
     "kernel",
     "initrd",
     "cmdline",
@@ -31,6 +31,7 @@ pub const KEYS: [&str; 11] = [
     "debug-exit",
     "no-reboot",
     "grace",
+    "stats",
 ];
 
 impl Request {
@@ -74,6 +75,10 @@ impl Request {
             ("disk", _) => Err(place.error(NOT_A_DISK)),
             ("debug-exit", DeValue::Boolean(true)) => {
                 self.debug_exit = Some(Some(super::DEBUG_EXIT_PORT));
+                Ok(())
+            }
+            ("stats", DeValue::Boolean(true)) => {
+                self.stats = Some(Some(StatsFormat::Text));
                 Ok(())
             }
             (key, value) if KEYS.contains(&key) => {
@@ -175,6 +180,10 @@ pub fn to_toml(vm: &VmConfig) -> Result<String, ConfigError> {
     }
     line(&mut out, "no-reboot", vm.on_reboot == OnReboot::Exit);
     line(&mut out, "grace", vm.grace.as_secs());
+    match vm.stats {
+        Some(format) => line(&mut out, "stats", text(format.name())),
+        None => line(&mut out, "stats", false),
+    }
     out += "\n[memory]\n";
     line(&mut out, "size", text(&format_size(vm.memory.size)));
     line(&mut out, "hugepages", vm.memory.hugepages);
@@ -243,6 +252,7 @@ mod tests {
             debug-exit = 0xf4
             no-reboot = true
             grace = 5
+            stats = "text"
             [[disk]]
             path = "root.img"
             [[disk]]
@@ -278,6 +288,7 @@ mod tests {
             debug_exit: Some(0xf4),
             on_reboot: OnReboot::Exit,
             grace: Duration::from_secs(5),
+            stats: Some(StatsFormat::Text),
         };
         assert_eq!(read(text), Ok(expected));
     }
@@ -287,6 +298,11 @@ mod tests {
         let vm = read("kernel = \"k\"\nmemory = \"1G,hugepages=on\"\ndebug-exit = true\n").unwrap();
         assert_eq!((vm.memory.size, vm.memory.hugepages, vm.debug_exit), (1 << 30, true, Some(0x501)));
         assert_eq!(read("kernel = \"k\"\ndebug-exit = false\n").unwrap().debug_exit, None);
+        for (value, stats) in
+            [("true", Some(StatsFormat::Text)), ("\"json\"", Some(StatsFormat::Json)), ("false", None)]
+        {
+            assert_eq!(read(&format!("kernel = \"k\"\nstats = {value}\n")).unwrap().stats, stats);
+        }
     }
 
     #[test]
@@ -295,7 +311,7 @@ mod tests {
             (
                 "kernel = \"k\"\nkernl = \"k\"\n",
                 "/vms/vm.toml:2: unknown key \"kernl\"; did you mean \"kernel\"? (keys: kernel, initrd, cmdline, \
-                 boot-protocol, cpus, memory, disk, serial, debug-exit, no-reboot, grace)",
+                 boot-protocol, cpus, memory, disk, serial, debug-exit, no-reboot, grace, stats)",
             ),
             ("\n\ncpus = 0\n", "/vms/vm.toml:3: cpus = 0: a machine has at least 1 CPU"),
             ("cpus = \"two\"\n", "/vms/vm.toml:1: cpus = two: not a number of CPUs; write it like 2"),
@@ -393,6 +409,7 @@ mod tests {
             cpus in 1..u32::MAX, huge_pages in 32..1_u64 << 30, switches: [bool; 4],
             disks in proptest::collection::vec(any_disk(), 0..3), serial in any_serial(),
             debug_exit in proptest::option::of(0x100..0x200_u16), grace: u32,
+            stats in proptest::option::of(proptest::sample::select(&StatsFormat::ALL[..])),
         ) -> VmConfig {
             let mut disks = disks;
             for (at, disk) in disks.iter_mut().enumerate() {
@@ -405,6 +422,7 @@ mod tests {
                 disks, serial, debug_exit,
                 on_reboot: if exit { OnReboot::Exit } else { OnReboot::Restart },
                 grace: Duration::from_secs(grace.into()),
+                stats,
             }
         }
     }

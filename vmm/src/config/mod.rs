@@ -62,6 +62,8 @@ pub struct VmConfig {
     pub on_reboot: OnReboot,
     /// How long the guest has to power off after the power button was pressed. Whole seconds.
     pub grace: Duration,
+    /// How statistics are printed when the machine ends, if they are.
+    pub stats: Option<StatsFormat>,
 }
 
 /// `--boot-protocol`.
@@ -147,6 +149,28 @@ pub enum SerialConfig {
     Socket(PathBuf),
     /// Output is discarded.
     None,
+}
+
+/// `--stats`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum StatsFormat {
+    /// A block of lines for a person.
+    Text,
+    /// One line for a program.
+    Json,
+}
+
+impl StatsFormat {
+    /// All of them.
+    pub const ALL: [Self; 2] = [Self::Text, Self::Json];
+
+    /// The name that users write.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Text => "text",
+            Self::Json => "json",
+        }
+    }
 }
 
 /// `--no-reboot`.

@@ -8,7 +8,7 @@ use block::engine::Aio;
 
 use super::list::Settings;
 use super::place::{ConfigError, Place};
-use super::{BootProtocol, DiskConfig, MemoryConfig, OnReboot, SerialConfig, VmConfig, options, value};
+use super::{BootProtocol, DiskConfig, MemoryConfig, OnReboot, SerialConfig, StatsFormat, VmConfig, options, value};
 
 /// The settings that were written, each parsed; `None` where nothing was said. The meaning of each is at [`VmConfig`].
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -35,6 +35,8 @@ pub struct Request {
     pub no_reboot: Option<bool>,
     /// `grace`.
     pub grace: Option<Duration>,
+    /// `stats`; the inner `None` is an explicit `off`.
+    pub stats: Option<Option<StatsFormat>>,
 }
 
 /// One disk as it was written: it may still lack an id.
@@ -82,6 +84,7 @@ impl Request {
             "debug-exit" => self.debug_exit = Some(value::debug_exit(text).map_err(wrong)?),
             "no-reboot" => self.no_reboot = Some(value::switch(text).map_err(wrong)?),
             "grace" => self.grace = Some(value::seconds(text).map_err(wrong)?),
+            "stats" => self.stats = Some(stats(text).map_err(wrong)?),
             _ => return Err(super::list::unknown_key(place, key, &super::file::KEYS)),
         }
         Ok(())
@@ -113,6 +116,7 @@ impl Request {
             debug_exit: self.debug_exit.or(file.debug_exit),
             no_reboot: self.no_reboot.or(file.no_reboot),
             grace: self.grace.or(file.grace),
+            stats: self.stats.or(file.stats),
         }
     }
 
@@ -134,6 +138,7 @@ impl Request {
             debug_exit: self.debug_exit.unwrap_or_default(),
             on_reboot: if self.no_reboot == Some(true) { OnReboot::Exit } else { OnReboot::Restart },
             grace: self.grace.unwrap_or(super::GRACE),
+            stats: self.stats.unwrap_or_default(),
         })
     }
 }
@@ -141,6 +146,14 @@ impl Request {
 fn boot_protocol(text: &str) -> Result<BootProtocol, String> {
     let named = BootProtocol::ALL.into_iter().find(|protocol| protocol.name() == text);
     named.ok_or_else(|| "no such protocol; say auto, linux or pvh".to_owned())
+}
+
+fn stats(text: &str) -> Result<Option<StatsFormat>, String> {
+    if text == "off" {
+        return Ok(None);
+    }
+    let named = StatsFormat::ALL.into_iter().find(|format| format.name() == text);
+    named.map(Some).ok_or_else(|| "no such format; say text, json or off".to_owned())
 }
 
 /// Names the disks that have no id by their position, checks that the names differ, and gives those that say nothing a
@@ -208,6 +221,7 @@ mod tests {
             debug_exit: None,
             on_reboot: OnReboot::Restart,
             grace: Duration::from_secs(30),
+            stats: None,
         };
         assert_eq!(machine(&[("kernel", "vmlinuz")]), Ok(expected));
     }
@@ -239,6 +253,7 @@ mod tests {
             debug_exit: Some(0xf4),
             on_reboot: OnReboot::Exit,
             grace: Duration::from_secs(5),
+            stats: Some(StatsFormat::Json),
         };
         let settings = [
             ("kernel", "bzImage"),
@@ -257,6 +272,7 @@ mod tests {
             ("debug-exit", "0xf4"),
             ("no-reboot", "on"),
             ("grace", "5"),
+            ("stats", "json"),
         ];
         assert_eq!(machine(&settings), Ok(expected));
     }
@@ -347,6 +363,7 @@ mod tests {
             ("debug-exit", "0x3f8", "--debug-exit 0x3f8: the four ports from here on are not free: COM1; 0x501 is"),
             ("no-reboot", "yes", "--no-reboot yes: say on or off"),
             ("grace", "-1", "--grace -1: not a number of seconds; write it like 30"),
+            ("stats", "xml", "--stats xml: no such format; say text, json or off"),
         ] {
             assert_eq!(machine(&[("kernel", "k"), (key, text)]), Err(line.to_owned()), "{key} {text}");
         }
