@@ -72,7 +72,7 @@ mkdir -p "$target/lab"
 disk=$target/lab/quickstart.img
 if [[ ! -f $disk ]]; then cp --sparse=always "$target/linux/root.img" "$disk"; fi
 
-skiff=$target/release/skiff
+skiff=$target/x86_64-unknown-linux-gnu/release/skiff
 run=("$skiff" run --kernel "$target/linux/vmlinuz" --initrd "$target/linux/initrd.img" --disk "path=$disk"
     --cmdline 'console=ttyS0 quiet root=/dev/vda rw' --cpus 2 --memory 512M)
 kind=$("$repo/tests/lab/kvm-kind" "$skiff")

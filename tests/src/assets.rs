@@ -4,17 +4,17 @@
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-/// The target directory of this build: the test binary is `target/PROFILE/deps/NAME`.
+/// The target directory of this build, where guests and images are: the test binary is `target/TRIPLE/PROFILE/deps/NAME`.
 ///
 /// # Panics
 /// If the test binary is elsewhere.
 pub fn target() -> PathBuf {
-    profile().parent().expect("target/PROFILE").to_owned()
+    profile().ancestors().nth(2).expect("target/TRIPLE/PROFILE").to_owned()
 }
 
 fn profile() -> PathBuf {
     let test = std::env::current_exe().expect("the test binary has a path");
-    test.ancestors().nth(2).expect("target/PROFILE/deps/NAME").to_owned()
+    test.ancestors().nth(2).expect("TRIPLE/PROFILE/deps/NAME").to_owned()
 }
 
 /// The `skiff` under test: `SKIFF_BIN`, or the one that was built beside the test.

@@ -38,7 +38,7 @@ fn skiff() -> PathBuf {
     std::env::var_os("SKIFF_BIN").map_or_else(
         || {
             let test = std::env::current_exe().expect("a test has a path");
-            let profile = test.ancestors().nth(2).expect("target/<profile>/deps/<test>");
+            let profile = test.ancestors().nth(2).expect("<profile>/deps/<test>");
             let binary = profile.join("skiff");
             assert!(binary.exists(), "{} is missing: run `cargo build -p skiff`, or set SKIFF_BIN", binary.display());
             binary

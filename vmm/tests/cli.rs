@@ -129,3 +129,13 @@ fn messages_go_to_the_log_file() {
     assert!(line.starts_with("skiff: ") && line.lines().count() == 1, "{line}");
     assert!(log.exists());
 }
+
+#[test]
+fn the_program_is_one_static_file_at_random_addresses() {
+    let output = Command::new("readelf").args(["-W", "-h", "-l", env!("CARGO_BIN_EXE_skiff")]).output();
+    let output = output.expect("readelf of binutils, which linking needs");
+    let text = String::from_utf8(output.stdout).unwrap();
+    assert!(text.contains("DYN (Position-Independent Executable file)"), "{text}");
+    let remedy = "RUSTFLAGS in the environment replaces the flags of .cargo/config.toml: unset it";
+    assert!(!text.contains("INTERP"), "{remedy}\n{text}");
+}

@@ -24,7 +24,7 @@ use report::{Idle, Report, Sample};
 
 /// Measure the start of skiff beside QEMU, run by run in turn
 ///
-/// Needs /dev/kvm; the Linux guest also needs a KVM that can run one (`tests/lab/run target/release/startup` has one).
+/// Needs /dev/kvm; the Linux guest also needs a KVM that can run one (in the lab there is one: `tests/lab/run`).
 /// Exits are counted where debugfs is mounted and readable.
 #[derive(Debug, Parser)]
 #[command(max_term_width = 120)]
@@ -72,7 +72,7 @@ fn main() -> anyhow::Result<()> {
                  use tests/lab/run",
             ),
             Kind::Linux => {
-                let kernel = options.kernel.clone().unwrap_or_else(|| folder.join("../linux/vmlinuz"));
+                let kernel = options.kernel.clone().unwrap_or_else(|| folder.join("../../linux/vmlinuz"));
                 guests.push(Guest::linux(scratch.path(), &kernel)?);
             }
             Kind::Bare => guests.push(Guest::bare(scratch.path())?),
