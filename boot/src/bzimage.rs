@@ -109,7 +109,6 @@ impl BzImage {
             header: setup_header { code32_start: start as u32, ..self.header },
             cmdline_max: self.header.cmdline_size as usize,
             initrd_max: u64::from(self.header.initrd_addr_max),
-            unpacked: None,
         })
     }
 

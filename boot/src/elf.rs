@@ -1,19 +1,17 @@
-//! ELF kernels: program headers, the PVH note, and loading from a file or from an unpacked payload as it comes. Called
-//! by the main thread while the machine is built.
+//! ELF kernels: program headers, the PVH note, and loading. Called by the main thread while the machine is built.
 //!
-//! The loader is our own because a payload arrives in pieces and is never whole in our memory, and because each way in
-//! which a file is not a kernel has its own message.
+//! The loader is our own because BSS has to be zeroed, and because each way in which a file is not a kernel has its own
+//! message.
 
 use std::fs::File;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
 
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use vm_memory::GuestMemoryMmap;
 
 use crate::BootError;
 use crate::bytes::{align_up, read_into_guest, u16_at, u32_at, u64_at, zero};
 use crate::kernel;
-use crate::payload::Payload;
 
 pub(crate) const MAGIC: [u8; 4] = *b"\x7fELF";
 const KIND: &str = "ELF kernel";
@@ -115,54 +113,18 @@ impl Elf {
         Ok(())
     }
 
-    /// Copies the segments from the file into guest memory, each in one read.
+    /// Copies the segments from the file into guest memory, each in one read, and zeroes what the file does not fill.
     pub(crate) fn load(&self, memory: &GuestMemoryMmap, file: &File) -> Result<(), BootError> {
-        self.prepare(memory)?;
-        for segment in &self.segments {
-            let len = segment.file.end - segment.file.start;
-            read_into_guest(memory, segment.address, file, segment.file.start, len)
-                .map_err(|error| BootError::ReadKernel(error.into()))?;
-        }
-        Ok(())
-    }
-
-    /// Checks that the kernel fits and zeroes what the file does not fill.
-    fn prepare(&self, memory: &GuestMemoryMmap) -> Result<(), BootError> {
         for segment in self.segments.iter().rev() {
             kernel::check_place(memory, segment.address, segment.end())?;
         }
         for segment in &self.segments {
-            zero(memory, segment.address + (segment.file.end - segment.file.start), segment.end())?;
+            let len = segment.file.end - segment.file.start;
+            read_into_guest(memory, segment.address, file, segment.file.start, len)
+                .map_err(|error| BootError::ReadKernel(error.into()))?;
+            zero(memory, segment.address + len, segment.end())?;
         }
         Ok(())
-    }
-
-    /// Copies what segments have of a piece of the image that begins at file offset `at`.
-    fn place(&self, memory: &GuestMemoryMmap, at: u64, piece: &[u8]) -> Result<(), BootError> {
-        for Segment { file, address, .. } in &self.segments {
-            let start = file.start.max(at);
-            let end = file.end.min(at + piece.len() as u64);
-            if start < end {
-                let bytes = &piece[(start - at) as usize..(end - at) as usize];
-                memory.write_slice(bytes, GuestAddress(address + (start - file.start)))?;
-            }
-        }
-        Ok(())
-    }
-
-    /// Looks for the PVH note in the segments in guest memory: a linked kernel has its notes there.
-    fn placed_pvh_entry(&self, memory: &GuestMemoryMmap) -> Result<Option<u32>, BootError> {
-        for note in &self.notes {
-            let holder = self.segments.iter().find(|it| it.file.start <= note.start && note.end <= it.file.end);
-            if let Some(segment) = holder {
-                let mut bytes = vec![0; (note.end - note.start) as usize];
-                memory.read_slice(&mut bytes, GuestAddress(segment.address + (note.start - segment.file.start)))?;
-                if let Some(entry) = pvh_entry(&bytes) {
-                    return Ok(Some(entry));
-                }
-            }
-        }
-        Ok(None)
     }
 
     /// The lowest address it occupies.
@@ -179,22 +141,6 @@ impl Elf {
     pub(crate) fn contains(&self, address: u64) -> bool {
         self.segments.iter().any(|segment| (segment.address..segment.end()).contains(&address))
     }
-}
-
-/// Unpacks a payload and copies its segments into guest memory as they come.
-pub(crate) fn load_payload(memory: &GuestMemoryMmap, payload: &Payload) -> Result<Elf, BootError> {
-    let first = |piece: &[u8]| {
-        if !piece.starts_with(&MAGIC) {
-            return Err(payload.compression.corrupt("it is not an ELF image"));
-        }
-        let elf = Elf::parse(piece, payload.unpacked_len)?;
-        elf.prepare(memory)?;
-        elf.place(memory, 0, piece)?;
-        Ok(elf)
-    };
-    let mut elf = payload.unpack(first, |elf, at, piece| elf.place(memory, at, piece))?;
-    elf.pvh_entry = elf.placed_pvh_entry(memory)?;
-    Ok(elf)
 }
 
 fn damaged(what: &'static str) -> BootError {

@@ -112,20 +112,6 @@ pub enum BootError {
         /// Bytes of RAM from address 0 up to the first hole.
         available: u64,
     },
-    /// The payload of a bzImage cannot be unpacked on the host.
-    #[error("cannot unpack the {payload} payload of the bzImage on the host; let the guest unpack it")]
-    Unpack {
-        /// The compression found.
-        payload: &'static str,
-    },
-    /// The payload of a bzImage is not what its header says.
-    #[error("damaged bzImage: its {payload} payload is corrupt ({what}); copy or install the kernel again")]
-    CorruptPayload {
-        /// The compression found.
-        payload: &'static str,
-        /// What the decoder stumbled over.
-        what: String,
-    },
     /// The initrd file has no bytes.
     #[error("the file is empty; give an initrd (on Debian /boot/initrd.img-*), or boot without one")]
     EmptyInitrd,

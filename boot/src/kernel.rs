@@ -8,11 +8,10 @@ use vm_memory::{Address, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, Gues
 
 use crate::bytes::{read_head, u32_at};
 use crate::elf::{self, Elf};
-use crate::payload::{Compression, Payload};
-use crate::{BootError, Entered, Protocol, Request, Unpack, bzimage};
+use crate::{BootError, Entered, Protocol, Request, bzimage};
 
 /// Bytes looked at before the kind of an image is known. An ELF image keeps its program headers in them.
-pub(crate) const HEAD: usize = 0x10000;
+const HEAD: usize = 0x10000;
 
 /// Everything below belongs to the boot structures and the firmware.
 const LOWEST: u64 = 0x10_0000;
@@ -37,8 +36,6 @@ pub(crate) struct Kernel {
     pub(crate) cmdline_max: usize,
     /// The last address an initrd may occupy.
     pub(crate) initrd_max: u64,
-    /// The compression undone on the host.
-    pub(crate) unpacked: Option<Compression>,
 }
 
 /// Loads the image by the protocol asked for.
@@ -48,23 +45,18 @@ pub(crate) fn load(memory: &GuestMemoryMmap, request: &Request) -> Result<Kernel
     if head.starts_with(&elf::MAGIC) {
         return load_elf(memory, file, &head, len, request.protocol);
     }
-    check_bzimage(&head)?;
+    if !bzimage::is_one(&head) {
+        return Err(BootError::NotAKernel { looks_like: looks_like(&head) });
+    }
     let image = bzimage::parse(&head, len)?;
-    match (request.unpack, request.protocol) {
-        (Unpack::Guest, Protocol::Pvh) => Err(BootError::PvhNeedsElf),
-        (Unpack::Guest, Protocol::Auto | Protocol::Linux) => image.load(memory, file),
-        (Unpack::Host, protocol) => {
-            let payload = Payload::of(file, &image)?;
-            let elf = elf::load_payload(memory, &payload)?;
-            let entered = if protocol == Protocol::Pvh { Entered::Pvh } else { Entered::Linux };
-            let kernel = enter_elf(&elf, entered, image.header)?;
-            Ok(Kernel { unpacked: Some(payload.compression), ..kernel })
-        }
+    match request.protocol {
+        Protocol::Pvh => Err(BootError::PvhNeedsElf),
+        Protocol::Auto | Protocol::Linux => image.load(memory, file),
     }
 }
 
 /// The first bytes of a kernel file and its length.
-pub(crate) fn open(file: &File) -> Result<(Vec<u8>, u64), BootError> {
+fn open(file: &File) -> Result<(Vec<u8>, u64), BootError> {
     let metadata = file.metadata().map_err(BootError::ReadKernel)?;
     if !metadata.is_file() {
         return Err(BootError::KernelNotAFile);
@@ -73,11 +65,6 @@ pub(crate) fn open(file: &File) -> Result<(Vec<u8>, u64), BootError> {
         return Err(BootError::EmptyKernel);
     }
     Ok((read_head(file, HEAD).map_err(BootError::ReadKernel)?, metadata.len()))
-}
-
-/// Says what a file is that starts like neither kind of kernel.
-pub(crate) fn check_bzimage(head: &[u8]) -> Result<(), BootError> {
-    if bzimage::is_one(head) { Ok(()) } else { Err(BootError::NotAKernel { looks_like: looks_like(head) }) }
 }
 
 fn load_elf(
@@ -94,13 +81,6 @@ fn load_elf(
         Protocol::Auto if elf.pvh_entry.is_some() => Entered::Pvh,
         Protocol::Linux | Protocol::Auto => Entered::Linux,
     };
-    let kernel = enter_elf(&elf, entered, bzimage::header_for_elf())?;
-    elf.load(memory, file)?;
-    Ok(kernel)
-}
-
-/// A kernel at the place its ELF image is linked to.
-fn enter_elf(elf: &Elf, entered: Entered, header: setup_header) -> Result<Kernel, BootError> {
     let entry = match entered {
         Entered::Linux => elf.entry,
         Entered::Pvh => u64::from(elf.pvh_entry.ok_or(BootError::NoPvhNote)?),
@@ -108,6 +88,8 @@ fn enter_elf(elf: &Elf, entered: Entered, header: setup_header) -> Result<Kernel
     if !elf.contains(entry) {
         return Err(BootError::Damaged { kind: "ELF kernel", what: "its entry address is in no segment" });
     }
+    elf.load(memory, file)?;
+    let header = bzimage::header_for_elf();
     Ok(Kernel {
         entered,
         entry,
@@ -116,7 +98,6 @@ fn enter_elf(elf: &Elf, entered: Entered, header: setup_header) -> Result<Kernel
         header,
         cmdline_max: header.cmdline_size as usize,
         initrd_max: u64::from(header.initrd_addr_max),
-        unpacked: None,
     })
 }
 

@@ -29,7 +29,6 @@ mod error;
 mod initrd;
 mod kernel;
 mod params;
-mod payload;
 mod pvh;
 mod regs;
 pub mod reset_vector;
@@ -37,7 +36,6 @@ pub mod reset_vector;
 mod synthetic;
 
 pub use error::{BootError, Subject};
-pub use payload::{Compression, Payload};
 pub use regs::{InitialState, Segment, Table};
 
 /// How the caller wants the kernel to be entered.
@@ -52,17 +50,6 @@ pub enum Protocol {
     Pvh,
 }
 
-/// Who decompresses the payload of a bzImage. An ELF image has none and ignores this.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Unpack {
-    /// The guest, with the decompressor in its image: works with every compression, and KASLR stays on.
-    #[default]
-    Guest,
-    /// We do, straight to the place the kernel runs at; see [`Payload`] for the compressions. The kernel then skips its
-    /// decompressor and with it KASLR, which only that code does.
-    Host,
-}
-
 /// What to load.
 #[derive(Clone, Copy, Debug)]
 pub struct Request<'a> {
@@ -74,8 +61,6 @@ pub struct Request<'a> {
     pub cmdline: &'a str,
     /// How the kernel is entered.
     pub protocol: Protocol,
-    /// Who decompresses a bzImage.
-    pub unpack: Unpack,
     /// The memory map the kernel is given, sorted, at most [`e820::MAX_ENTRIES`] entries: see [`e820::map`].
     pub e820: &'a [e820::Entry],
     /// Guest-physical address of the ACPI RSDP.
@@ -98,8 +83,6 @@ pub struct Loaded {
     pub state: InitialState,
     /// The protocol that [`Protocol`] and the image led to.
     pub entered: Entered,
-    /// The compression undone on the host, if it was.
-    pub unpacked: Option<Compression>,
     /// Guest-physical range the kernel occupies until it has set itself up: start, and the first byte after it.
     pub kernel: (u64, u64),
     /// Guest-physical range of the initrd.
@@ -138,7 +121,6 @@ pub fn load(memory: &GuestMemoryMmap, request: &Request) -> Result<Loaded, BootE
     Ok(Loaded {
         state,
         entered: kernel.entered,
-        unpacked: kernel.unpacked,
         kernel: (kernel.start, kernel.end),
         initrd: initrd.map(|initrd| (initrd.start, initrd.end)),
     })
@@ -298,12 +280,10 @@ mod tests {
     }
 
     /// Images of both kinds, whole and valid, with an initrd beside them.
-    fn images() -> [Vec<u8>; 3] {
+    fn images() -> [Vec<u8>; 2] {
         let notes = pvh_notes(0x10_0010);
         let parts = [Part(LOAD, &[0xf4; 600], 0x10_0000, 4096), Part(NOTE, &notes, 0, 0)];
-        let elf = elf(0x10_0000, &parts);
-        let packed = synthetic::bzimage_with_payload(&synthetic::lz4_frame(&elf), elf.len() as u32);
-        [bzimage(&[0x90; 0x1000]), elf, packed]
+        [bzimage(&[0x90; 0x1000]), elf(0x10_0000, &parts)]
     }
 
     /// Loads in all ways; whatever comes of it, nothing but the areas of the table in the crate's documentation and the
@@ -314,14 +294,10 @@ mod tests {
         let initrd = file(&[1; 100]);
         let e820 = map(8);
         for protocol in [Protocol::Auto, Protocol::Linux, Protocol::Pvh] {
-            for unpack in [Unpack::Guest, Unpack::Host] {
-                let request = Request { initrd: Some(&initrd), protocol, unpack, ..request(&kernel, &e820) };
-                if let Ok(loaded) = load(&memory, &request) {
-                    assert!(loaded.state.rip >= 0x10_0000 && loaded.kernel.1 <= 8 << 20);
-                    assert!(
-                        loaded.initrd.is_some_and(|initrd| initrd.0 >= loaded.kernel.1 || initrd.1 <= loaded.kernel.0)
-                    );
-                }
+            let request = Request { initrd: Some(&initrd), protocol, ..request(&kernel, &e820) };
+            if let Ok(loaded) = load(&memory, &request) {
+                assert!(loaded.state.rip >= 0x10_0000 && loaded.kernel.1 <= 8 << 20);
+                assert!(loaded.initrd.is_some_and(|it| it.0 >= loaded.kernel.1 || it.1 <= loaded.kernel.0));
             }
         }
         assert!(read(&memory, 0, 0x500).iter().all(|byte| *byte == 0));
@@ -333,8 +309,6 @@ mod tests {
         for image in images() {
             load(&memory(8), &request(&file(&image), &map(8))).unwrap();
         }
-        let packed = file(&images()[2]);
-        load(&memory(8), &Request { unpack: Unpack::Host, ..request(&packed, &map(8)) }).unwrap();
     }
 
     proptest! {
@@ -348,7 +322,7 @@ mod tests {
 
         #[test]
         fn mutated_images_never_panic(
-            which in 0..3usize,
+            which in 0..2usize,
             // Where headers are, and anywhere.
             small in proptest::collection::vec((0..0x300usize, any::<u8>()), 0..6),
             wide in proptest::collection::vec((0..0x2000usize, any::<[u8; 8]>()), 0..2),
@@ -368,7 +342,7 @@ mod tests {
 
         #[test]
         fn header_fields_may_have_any_value(
-            which in 0..3usize,
+            which in 0..2usize,
             field in prop_oneof![0x1f1..0x268usize, 0x10..0xb0usize],
             value in prop_oneof![Just(u64::MAX), Just(1 << 63), Just(u64::from(u32::MAX)), Just(0), any::<u64>()],
         ) {

@@ -6,7 +6,7 @@ use std::io::Write;
 
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
-use crate::{Protocol, Request, Unpack, e820};
+use crate::{Protocol, Request, e820};
 
 /// A file with these bytes.
 pub(crate) fn file(bytes: &[u8]) -> File {
@@ -34,7 +34,7 @@ pub(crate) fn map(mib: u64) -> Vec<e820::Entry> {
 
 /// A request without initrd and command line.
 pub(crate) fn request<'a>(kernel: &'a File, e820: &'a [e820::Entry]) -> Request<'a> {
-    Request { kernel, initrd: None, cmdline: "", protocol: Protocol::Auto, unpack: Unpack::Guest, e820, rsdp: 0xe_0000 }
+    Request { kernel, initrd: None, cmdline: "", protocol: Protocol::Auto, e820, rsdp: 0xe_0000 }
 }
 
 /// `len` bytes of guest memory.
@@ -55,8 +55,6 @@ pub(crate) const SETUP_LEN: usize = 1024;
 pub(crate) const PREFERRED: u64 = 0x40_0000;
 /// `init_size` of [`bzimage`].
 pub(crate) const INIT_SIZE: u64 = 0x20_0000;
-/// Where [`bzimage_with_payload`] puts its payload in the protected-mode kernel.
-const PAYLOAD_OFFSET: usize = 0x400;
 
 /// A bzImage of protocol 2.15 around a protected-mode kernel, padded to 16 bytes (Linux: Documentation/arch/x86/boot.rst).
 pub(crate) fn bzimage(kernel: &[u8]) -> Vec<u8> {
@@ -77,42 +75,6 @@ pub(crate) fn bzimage(kernel: &[u8]) -> Vec<u8> {
     put(&mut image, 0x258, &PREFERRED.to_le_bytes());
     put(&mut image, 0x260, &(INIT_SIZE as u32).to_le_bytes());
     image
-}
-
-/// A bzImage with this payload, its unpacked length behind it as kernels have it.
-pub(crate) fn bzimage_with_payload(payload: &[u8], unpacked_len: u32) -> Vec<u8> {
-    let mut kernel = vec![0xcc; PAYLOAD_OFFSET];
-    kernel.extend(payload);
-    kernel.extend(unpacked_len.to_le_bytes());
-    let mut image = bzimage(&kernel);
-    put(&mut image, 0x248, &(PAYLOAD_OFFSET as u32).to_le_bytes());
-    put(&mut image, 0x24c, &(payload.len() as u32 + 4).to_le_bytes());
-    image
-}
-
-/// An LZ4 block that stores its content as one run of literals (LZ4 block format: a token with 15 in its upper half,
-/// lengths of 255 until a smaller one).
-pub(crate) fn lz4_literals(content: &[u8]) -> Vec<u8> {
-    let mut block = vec![0xf0];
-    let mut rest = content.len() - 15;
-    while rest >= 255 {
-        block.push(255);
-        rest -= 255;
-    }
-    block.push(rest as u8);
-    block.extend(content);
-    block
-}
-
-/// A legacy LZ4 frame of blocks of 8 MiB.
-pub(crate) fn lz4_frame(content: &[u8]) -> Vec<u8> {
-    let mut frame = 0x184c_2102u32.to_le_bytes().to_vec();
-    for content in content.chunks(8 << 20) {
-        let block = lz4_literals(content);
-        frame.extend((block.len() as u32).to_le_bytes());
-        frame.extend(block);
-    }
-    frame
 }
 
 /// A program header: type, bytes in the file, guest-physical address, bytes in memory.

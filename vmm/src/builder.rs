@@ -260,7 +260,6 @@ impl VmBuilder<'_> {
                 BootProtocol::Linux => boot::Protocol::Linux,
                 BootProtocol::Pvh => boot::Protocol::Pvh,
             },
-            unpack: boot::Unpack::Guest,
             e820: &boot::e820::map(&layout.ram, &[layout::LOW_RESERVED, layout::PCI_ECAM]),
             rsdp: layout::ACPI_TABLES.start,
         };
