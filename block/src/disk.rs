@@ -14,6 +14,7 @@ use crate::cache::CacheMode;
 use crate::direct::{self, Alignment};
 use crate::lock;
 use crate::ranges::Ranges;
+use crate::topology::Topology;
 
 /// The unit of [`Disk::size`] and of virtio-blk addresses, in bytes.
 pub const SECTOR_SIZE: u64 = 512;
@@ -134,6 +135,7 @@ pub struct Disk {
     readonly: bool,
     cache: CacheMode,
     alignment: Alignment,
+    topology: Topology,
     ranges: Ranges,
 }
 
@@ -163,7 +165,9 @@ impl Disk {
         if !readonly && !size.is_multiple_of(alignment.block) {
             return Err(DiskError::Block { path: path.into(), size, block: alignment.block, cache });
         }
-        Ok(Self { id: id.to_owned(), file, size, readonly, cache, alignment, ranges: Ranges::default() })
+        let topology =
+            Topology::of(&file, alignment.block).map_err(|error| DiskError::Io { path: path.into(), error })?;
+        Ok(Self { id: id.to_owned(), file, size, readonly, cache, alignment, topology, ranges: Ranges::default() })
     }
 
     /// As on a host that demands `alignment`, at least as coarse as that of this one.
@@ -195,6 +199,11 @@ impl Disk {
     /// What the host demands of transfers. The engines see to it.
     pub fn alignment(&self) -> Alignment {
         self.alignment
+    }
+
+    /// The host's blocks. Advice for the guest; the engines do not need it to be followed.
+    pub fn topology(&self) -> Topology {
+        self.topology
     }
 
     /// The writes that go on, where they can disturb each other.

@@ -6,3 +6,4 @@ pub mod disk;
 pub mod engine;
 mod lock;
 mod ranges;
+pub mod topology;

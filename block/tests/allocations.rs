@@ -83,6 +83,7 @@ fn no_request_allocates() {
                 kind: if n % 4 == 0 { OpKind::Write { durable: false } } else { OpKind::Read },
                 offset: n * 8192,
                 segments: vec![(GuestAddress(n * 8192), 4096), (GuestAddress(n * 8192 + 4096), 4096)],
+                ranges: Vec::new(),
                 memory: memory.clone(),
             })
             .collect();

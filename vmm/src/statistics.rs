@@ -144,7 +144,10 @@ mod tests {
         let mut batches = [0; SIZES];
         (batches[0], batches[1], batches[SIZES - 1]) = (4, 3, 1);
         let latencies = latencies.then(|| [durations.clone(), durations.clone(), durations]);
-        let (requests, bytes, errors) = ([10, 2, 1, 0, 0], [40960, 1024, 0, 0, 0], [1, 0, 0, 0, 0]);
+        let (mut requests, mut bytes, mut errors) = ([0; KINDS], [0; KINDS], [0; KINDS]);
+        requests[..3].copy_from_slice(&[10, 2, 1]);
+        bytes[..2].copy_from_slice(&[40960, 1024]);
+        errors[0] = 1;
         let queue = Snapshot { requests, bytes, errors, kicks: 7, interrupts: 6, batches, latencies };
         let idle = Snapshot::default();
         Report(vec![Disk { id: "root".to_owned(), queues: vec![queue, idle] }])
@@ -177,7 +180,8 @@ disk root
         let value: Value = serde_json::from_str(&line).unwrap();
         let queue = &value["disks"][0]["queues"][0];
         assert_eq!(value["disks"][0]["id"], "root");
-        let requests = json!({ "read": 10, "write": 2, "flush": 1, "identify": 0, "refused": 0 });
+        let requests =
+            json!({ "read": 10, "write": 2, "flush": 1, "discard": 0, "write-zeroes": 0, "identify": 0, "refused": 0 });
         assert_eq!(queue["requests"], requests);
         assert_eq!((&queue["bytes"]["read"], &queue["errors"]["read"]), (&json!(40960), &json!(1)));
         assert_eq!((&queue["kicks"], &queue["interrupts"]), (&json!(7), &json!(6)));

@@ -132,7 +132,7 @@ pub(super) fn at(offset: usize) -> u64 {
 /// An op on memory at `segments`, given as offsets and lengths.
 pub(super) fn op(kind: OpKind, offset: u64, segments: &[(usize, usize)], memory: &Arc<GuestMemoryMmap>) -> Op {
     let segments = segments.iter().map(|&(start, len)| (GuestAddress(at(start)), len as u32)).collect();
-    Op { kind, offset, segments, memory: memory.clone() }
+    Op { kind, offset, segments, ranges: Vec::new(), memory: memory.clone() }
 }
 
 /// Waits for `count` completions as a worker does: reaps until there is nothing, then sleeps until told.
@@ -160,25 +160,27 @@ pub(super) fn await_completions(engine: &mut dyn Engine, count: usize) -> Vec<Co
 /// One op on the stripe of its place in the batch.
 #[derive(Clone, Debug)]
 struct Step {
-    write: Option<bool>,
+    kind: OpKind,
     offset: usize,
     /// Gaps in memory and lengths.
     segments: Vec<(usize, usize)>,
 }
 
 fn step() -> impl Strategy<Value = Step> {
+    let kind = prop_oneof![
+        3 => Just(OpKind::Read),
+        3 => any::<bool>().prop_map(|durable| OpKind::Write { durable }),
+        1 => any::<bool>().prop_map(|durable| OpKind::Discard { durable }),
+        2 => any::<[bool; 2]>().prop_map(|[unmap, durable]| OpKind::WriteZeroes { unmap, durable }),
+    ];
     let segments = prop::collection::vec((0_usize..64, 0_usize..1500), 0..12);
-    (prop::option::of(any::<bool>()), 0..STRIPE, segments).prop_map(|(write, offset, segments)| Step {
-        write,
-        offset,
-        segments,
-    })
+    (kind, 0..STRIPE, segments).prop_map(|(kind, offset, segments)| Step { kind, offset, segments })
 }
 
 impl Step {
     /// Offset in the image, and the pieces of memory, cut to the stripe `n`. Reads of the last may leave the image.
     fn placed(&self, n: usize) -> (usize, Vec<(usize, usize)>) {
-        let room = if self.write.is_none() && n == STRIPES - 1 { STRIPE } else { STRIPE - self.offset };
+        let room = if self.kind == OpKind::Read && n == STRIPES - 1 { STRIPE } else { STRIPE - self.offset };
         let (mut memory, mut left, end) = (n * STRIPE, room, (n + 1) * STRIPE);
         let mut pieces = Vec::new();
         for &(gap, len) in &self.segments {
@@ -190,25 +192,42 @@ impl Step {
         (n * STRIPE + self.offset, pieces)
     }
 
-    fn kind(&self) -> OpKind {
-        self.write.map_or(OpKind::Read, |durable| OpKind::Write { durable })
+    /// The op. What discards and zeroes has the ranges of the image where the pieces are in memory.
+    fn op(&self, n: usize, memory: &Arc<GuestMemoryMmap>) -> Op {
+        let (offset, pieces) = self.placed(n);
+        if matches!(self.kind, OpKind::Read | OpKind::Write { .. }) {
+            return op(self.kind, offset as u64, &pieces, memory);
+        }
+        let ranges = pieces.iter().map(|&(start, len)| start as u64..(start + len) as u64).collect();
+        Op { ranges, ..op(self.kind, 0, &[], memory) }
     }
 
     fn apply(&self, n: usize, image: &mut [u8], memory: &mut [u8]) {
         let (mut offset, pieces) = self.placed(n);
         for (start, len) in pieces {
-            for byte in &mut memory[start..start + len] {
-                match self.write {
-                    Some(_) => image[offset] = *byte,
-                    None => *byte = image.get(offset).copied().unwrap_or(0),
+            for at in start..start + len {
+                match self.kind {
+                    OpKind::Read => memory[at] = image.get(offset).copied().unwrap_or(0),
+                    OpKind::Write { .. } => image[offset] = memory[at],
+                    OpKind::WriteZeroes { .. } => image[at] = 0,
+                    OpKind::Flush | OpKind::Discard { .. } => {}
                 }
                 offset += 1;
             }
         }
     }
+
+    /// What is discarded is as it was, or zero where the host gives blocks back.
+    fn settle(&self, n: usize, image: &mut [u8], seen: &[u8]) {
+        if let OpKind::Discard { .. } = self.kind {
+            for at in self.placed(n).1.into_iter().flat_map(|(start, len)| start..start + len) {
+                image[at] = if seen[at] == 0 { 0 } else { image[at] };
+            }
+        }
+    }
 }
 
-/// Random batches of scattered reads and writes leave image and memory as the model says.
+/// Random batches of scattered reads, writes, discarded and zeroed ranges leave image and memory as the model says.
 pub(super) fn bytes(bed: &Bed, make: impl Fn(Arc<Disk>) -> Box<dyn Engine>) {
     let size = STRIPES * STRIPE;
     let batches = prop::collection::vec(prop::collection::vec(step(), 1..=STRIPES), 1..6);
@@ -221,8 +240,7 @@ pub(super) fn bytes(bed: &Bed, make: impl Fn(Arc<Disk>) -> Box<dyn Engine>) {
         let mut engine = make(disk);
         for batch in batches {
             for (n, step) in batch.iter().enumerate() {
-                let (offset, pieces) = step.placed(n);
-                engine.push(op(step.kind(), offset as u64, &pieces, &memory), n as u16);
+                engine.push(step.op(n, &memory), n as u16);
                 step.apply(n, &mut model_image, &mut model_memory);
             }
             engine.submit();
@@ -232,7 +250,11 @@ pub(super) fn bytes(bed: &Bed, make: impl Fn(Arc<Disk>) -> Box<dyn Engine>) {
             let mut seen = vec![0; size];
             memory.read_slice(&mut seen, GuestAddress(BASE)).unwrap();
             prop_assert!(seen == model_memory, "memory differs");
-            prop_assert!(fs::read(&path).unwrap() == model_image, "image differs");
+            let seen = fs::read(&path).unwrap();
+            for (n, step) in batch.iter().enumerate() {
+                step.settle(n, &mut model_image, &seen);
+            }
+            prop_assert!(seen == model_image, "image differs");
         }
     });
 }
@@ -315,7 +337,7 @@ pub(super) fn drain(bed: &Bed, make: impl Fn(Arc<Disk>) -> Box<dyn Engine>) {
     }
 }
 
-/// Writes of the sectors of one block, all at once, do not undo each other.
+/// Writes and zeroes of the sectors of one block, all at once, do not undo each other.
 pub(super) fn neighbours(bed: &Bed, make: impl Fn(Arc<Disk>) -> Box<dyn Engine>) {
     const BLOCKS: usize = 16;
     let (_dir, path, disk, _) = bed.disk(BLOCKS * 4096);
@@ -332,8 +354,14 @@ pub(super) fn neighbours(bed: &Bed, make: impl Fn(Arc<Disk>) -> Box<dyn Engine>)
                 let sector = vec![(round * 40 + block + piece) as u8; len];
                 memory.write_slice(&sector, GuestAddress(at(at_byte))).unwrap();
                 expected.extend(sector);
-                let write = op(OpKind::Write { durable: false }, at_byte as u64, &[(at_byte, len)], &memory);
-                engine.push(write, (block * 8 + piece) as u16);
+                let mut one = op(OpKind::Write { durable: false }, at_byte as u64, &[(at_byte, len)], &memory);
+                if (block + round + piece).is_multiple_of(4) {
+                    let range = at_byte as u64..(at_byte + len) as u64;
+                    let kind = OpKind::WriteZeroes { unmap: round.is_multiple_of(2), durable: false };
+                    one = Op { ranges: vec![range], ..op(kind, 0, &[], &memory) };
+                    expected[at_byte..].fill(0);
+                }
+                engine.push(one, (block * 8 + piece) as u16);
             }
         }
         let mut completions = Vec::new();

@@ -3,6 +3,7 @@
 
 use std::collections::VecDeque;
 use std::io;
+use std::ops::Range;
 use std::sync::{Arc, Condvar, Mutex};
 
 use libc::iovec;
@@ -11,6 +12,7 @@ use super::transfer::Image;
 use crate::direct::Alignment;
 use crate::disk::Disk;
 use crate::ranges::Ranges;
+use crate::topology::Topology;
 
 /// What becomes of one system call.
 #[derive(Clone, Copy, Debug)]
@@ -22,11 +24,13 @@ pub(super) enum Fault {
 }
 
 /// One system call as it was made.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Call {
     Read { offset: u64, buffers: usize },
     Write { offset: u64, buffers: usize, durable: bool },
     Flush,
+    Zero { range: Range<u64>, unmap: bool },
+    Discard { range: Range<u64> },
 }
 
 /// A disk whose system calls follow a script; when that is used up, they are the real ones.
@@ -99,6 +103,21 @@ impl Image for Faulty {
         self.begin(Call::Flush)?;
         Disk::flush(&self.disk)
     }
+
+    fn zero(&self, range: &Range<u64>, unmap: bool) -> io::Result<()> {
+        self.begin(Call::Zero { range: range.clone(), unmap })?;
+        self.disk.zero(range, unmap)
+    }
+
+    fn discard(&self, range: &Range<u64>) -> io::Result<()> {
+        self.begin(Call::Discard { range: range.clone() })?;
+        Image::discard(&*self.disk, range)
+    }
+
+    fn topology(&self) -> Topology {
+        self.disk.topology()
+    }
+
     fn alignment(&self) -> Alignment {
         self.disk.alignment()
     }

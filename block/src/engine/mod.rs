@@ -2,17 +2,20 @@
 //! whatever does the transfers (a pool's threads, the kernel).
 
 use std::io;
+use std::ops::Range;
 use std::sync::Arc;
 
 use vm_memory::{GuestAddress, GuestMemoryMmap};
 use vmm_sys_util::eventfd::EventFd;
 
 mod aio;
+mod bounce;
 pub mod native;
 mod ring;
 pub mod threads;
 mod transfer;
 pub mod uring;
+mod zeroes;
 
 pub use aio::{Aio, Unusable};
 
@@ -28,19 +31,34 @@ pub enum OpKind {
     },
     /// Writes that completed before this was pushed are on stable storage when it completes (`fdatasync`).
     Flush,
+    /// What is at [`Op::ranges`] is no longer needed: what they read as afterwards is not said, and the host may use their
+    /// blocks for something else. Where it cannot, nothing happens.
+    Discard {
+        /// As for `Write`.
+        durable: bool,
+    },
+    /// [`Op::ranges`] read as zero from the completion on.
+    WriteZeroes {
+        /// The host may use their blocks for something else; otherwise they stay allocated.
+        unmap: bool,
+        /// As for `Write`.
+        durable: bool,
+    },
 }
 
-/// One transfer between the image and guest memory. It owns what it touches: the engine may use the memory until the
+/// One transfer between the image and guest memory, or one change of the image alone. It owns what it touches: the engine may use the memory until the
 /// completion hands the `Op` back, whatever happens to the device in between.
 #[derive(Debug)]
 pub struct Op {
     /// What to do.
     pub kind: OpKind,
-    /// Where in the image, in bytes.
+    /// Where in the image, in bytes. Of reads and writes.
     pub offset: u64,
     /// The guest memory, in order: address and length in bytes. Checked against `memory` by the engine before use; one
     /// outside of it fails the op with `EFAULT`.
     pub segments: Vec<(GuestAddress, u32)>,
+    /// What is discarded or zeroed: bytes of the image. Empty for other kinds.
+    pub ranges: Vec<Range<u64>>,
     /// Keeps the mapping alive.
     pub memory: Arc<GuestMemoryMmap>,
 }

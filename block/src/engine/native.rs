@@ -214,6 +214,7 @@ impl Ring for Native {
             (OpKind::Read, _) => IOCB_CMD_PREADV,
             (OpKind::Write { .. }, [_]) => IOCB_CMD_PWRITE,
             (OpKind::Write { .. }, _) => IOCB_CMD_PWRITEV,
+            (OpKind::Discard { .. } | OpKind::WriteZeroes { .. }, _) => unreachable!("the helper does these"),
         };
         block.aio_lio_opcode = opcode as u16;
         (block.aio_buf, block.aio_nbytes) = match (kind, buffers) {

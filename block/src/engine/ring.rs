@@ -1,7 +1,7 @@
 #![expect(unsafe_code, reason = "hands guest memory to the kernel")]
 //! What the engines over a queue in the kernel have in common. The kernel gets the plain case, a transfer it can do as it
-//! is; whatever needs more (buffers that O_DIRECT does not take, a part of a block, the rest of a short transfer, an
-//! operation the kernel lacks) is done whole by a few helper threads, so that it never holds up the queue. Owned by the
+//! is; whatever needs more (buffers that O_DIRECT does not take, a part of a block, the rest of a short transfer, discarding
+//! and zeroing, an operation the kernel lacks) is done whole by a few helper threads, so that it never holds up the queue. Owned by the
 //! worker.
 
 use std::collections::VecDeque;
@@ -31,7 +31,7 @@ const PAUSE: Duration = Duration::from_millis(1);
 
 /// A queue in the kernel. Numbers below [`DEPTH`] tell the transfers in it apart.
 pub(super) trait Ring: Send {
-    /// Queues a transfer without a system call. A flush has no buffers, the others at least one.
+    /// Queues a read, a write or a flush without a system call. A flush has no buffers, the others at least one.
     ///
     /// # Safety
     /// `number` is not in use. The array and the memory it names stay until [`Ring::reap`] yields `number`.
@@ -155,8 +155,10 @@ impl Slot {
     /// Prepares the slot for `op` if the kernel can do that as it is and now.
     fn takes(&mut self, image: &dyn Image, op: &Op) -> bool {
         self.buffers.clear();
-        if op.kind == OpKind::Flush {
-            return true;
+        match op.kind {
+            OpKind::Flush => return true,
+            OpKind::Discard { .. } | OpKind::WriteZeroes { .. } => return false,
+            OpKind::Read | OpKind::Write { .. } => {}
         }
         let alignment = image.alignment();
         let plain = resolve(op, &mut self.buffers).is_ok()

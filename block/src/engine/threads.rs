@@ -404,7 +404,7 @@ mod tests {
             assert!(!dropping.is_finished());
             image.hold(false);
         });
-        assert_eq!(image.calls(), [Call::Flush; 10]);
+        assert_eq!(image.calls(), vec![Call::Flush; 10]);
         assert_eq!(Arc::strong_count(&memory), 1);
     }
 }

@@ -1,23 +1,24 @@
 #![expect(unsafe_code, reason = "preadv and pwritev take raw guest memory")]
-//! One op, done with blocking system calls: whole, or an error. What O_DIRECT does not take as it is goes through memory
-//! of our own. Runs on the threads of a pool.
+//! One op, done with blocking system calls: whole, or an error. Runs on the threads of a pool.
 
 use std::io::{self, ErrorKind};
+use std::ops::Range;
 use std::os::fd::AsRawFd;
 
 use libc::iovec;
-use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, VolatileSlice};
+use vm_memory::{GuestMemoryBackend, VolatileSlice};
+use vmm_sys_util::fallocate::{FallocateMode, fallocate};
 
+use super::bounce::{bounced, scatter};
+use super::zeroes::{discard, write_zeroes};
 use super::{Op, OpKind};
 use crate::direct::{AlignedBuffer, Alignment};
 use crate::disk::Disk;
 use crate::ranges::{Claim, Ranges};
+use crate::topology::{self, Topology};
 
 /// The most buffers one system call takes (`IOV_MAX` of Linux, UIO_MAXIOV).
 pub(super) const MAX_IOVECS: usize = 1024;
-
-/// Bytes of our own memory a thread uses at a time, a little less or more with the alignment.
-const CHUNK: u64 = 256 << 10;
 
 /// What the kernel does for an image. The transfers may be short; `Ok(0)` means no progress.
 pub(super) trait Image: Send + Sync {
@@ -35,6 +36,17 @@ pub(super) trait Image: Send + Sync {
 
     /// As `fdatasync(2)`.
     fn flush(&self) -> io::Result<()>;
+
+    /// Makes `range` read as zero without transferring zeroes, as `fallocate(2)` with FALLOC_FL_ZERO_RANGE, or with
+    /// FALLOC_FL_PUNCH_HOLE if `unmap`. Its ends are multiples of the topology's unit.
+    fn zero(&self, range: &Range<u64>, unmap: bool) -> io::Result<()>;
+
+    /// Gives the blocks of `range` back, as `fallocate(2)` with FALLOC_FL_PUNCH_HOLE, or BLKDISCARD of a block device.
+    /// Its ends are multiples of the topology's unit.
+    fn discard(&self, range: &Range<u64>) -> io::Result<()>;
+
+    /// The host's blocks.
+    fn topology(&self) -> Topology;
 
     /// What the two transfers demand.
     fn alignment(&self) -> Alignment;
@@ -59,6 +71,22 @@ impl Image for Disk {
 
     fn flush(&self) -> io::Result<()> {
         Disk::flush(self)
+    }
+
+    fn zero(&self, range: &Range<u64>, unmap: bool) -> io::Result<()> {
+        let mode = if unmap { FallocateMode::PunchHole } else { FallocateMode::ZeroRange };
+        Ok(fallocate(self.file(), mode, true, range.start, range.end - range.start)?)
+    }
+
+    fn discard(&self, range: &Range<u64>) -> io::Result<()> {
+        if Disk::topology(self).device {
+            return topology::discard_device(self.file(), range.start, range.end - range.start);
+        }
+        self.zero(range, true)
+    }
+
+    fn topology(&self) -> Topology {
+        Disk::topology(self)
     }
 
     fn alignment(&self) -> Alignment {
@@ -87,7 +115,7 @@ fn done(count: isize) -> io::Result<usize> {
 #[derive(Default)]
 pub(super) struct Scratch {
     buffers: Vec<iovec>,
-    bounce: AlignedBuffer,
+    pub(super) bounce: AlignedBuffer,
 }
 
 /// Does the whole of `op`.
@@ -95,108 +123,81 @@ pub(super) struct Scratch {
 /// # Errors
 /// `EFAULT` for a segment outside guest memory, `WriteZero` for a write that stops, and what the host says.
 pub(super) fn transfer(image: &dyn Image, op: &Op, scratch: &mut Scratch) -> io::Result<()> {
-    if op.kind == OpKind::Flush {
-        return retry(|| image.flush());
-    }
-    resolve(op, &mut scratch.buffers)?;
-    let claim = claim(op, image.alignment());
-    if let Some(claim) = &claim {
-        image.ranges().claim(claim);
-    }
-    let result = if image.alignment().fits(&scratch.buffers, op.offset) {
-        straight(image, op, &mut scratch.buffers)
-    } else {
-        bounced(image, op, &mut scratch.bounce)
+    let durable = match op.kind {
+        OpKind::Flush => true,
+        OpKind::Read | OpKind::Write { .. } => {
+            resolve(op, &mut scratch.buffers)?;
+            claimed(image, claim(op, image.alignment()), || copy(image, op, scratch))?;
+            false
+        }
+        OpKind::Discard { durable } => {
+            op.ranges.iter().try_for_each(|range| {
+                claimed(image, claim_range(range, image.alignment()), || discard(image, range))
+            })?;
+            durable
+        }
+        OpKind::WriteZeroes { unmap, durable } => {
+            op.ranges.iter().try_for_each(|range| {
+                let claim = claim_range(range, image.alignment());
+                claimed(image, claim, || write_zeroes(image, range, unmap, &mut scratch.bounce))
+            })?;
+            durable
+        }
     };
-    if let Some(claim) = &claim {
-        image.ranges().release(claim);
-    }
+    if durable { retry(|| image.flush()) } else { Ok(()) }
+}
+
+/// Does `work` under `claim`.
+fn claimed(image: &dyn Image, claim: Option<Claim>, work: impl FnOnce() -> io::Result<()>) -> io::Result<()> {
+    let Some(claim) = claim else { return work() };
+    image.ranges().claim(&claim);
+    let result = work();
+    image.ranges().release(&claim);
     result
 }
 
 /// What a write must claim, if writes can disturb each other there: all blocks it touches.
 pub(super) fn claim(op: &Op, alignment: Alignment) -> Option<Claim> {
-    if !alignment.cuts_blocks() || !matches!(op.kind, OpKind::Write { .. }) {
+    let is_write = matches!(op.kind, OpKind::Write { .. });
+    if is_write { claim_range(&(op.offset..op.offset.saturating_add(length(op))), alignment) } else { None }
+}
+
+fn claim_range(bytes: &Range<u64>, alignment: Alignment) -> Option<Claim> {
+    if !alignment.cuts_blocks() {
         return None;
     }
-    let (start, end) = (op.offset, op.offset.saturating_add(length(op)));
-    let range = start - start % alignment.block..end.checked_next_multiple_of(alignment.block).unwrap_or(u64::MAX);
-    let exclusive = range != (start..end);
+    let end = bytes.end.checked_next_multiple_of(alignment.block).unwrap_or(u64::MAX);
+    let range = bytes.start - bytes.start % alignment.block..end;
+    let exclusive = range != *bytes;
     Some(Claim { range, exclusive })
+}
+
+/// Moves the bytes of a read or a write, whose segments are in `scratch`.
+fn copy(image: &dyn Image, op: &Op, scratch: &mut Scratch) -> io::Result<()> {
+    if image.alignment().fits(&scratch.buffers, op.offset) {
+        straight(image, op, &mut scratch.buffers)
+    } else {
+        bounced(image, op, &mut scratch.bounce)
+    }
 }
 
 /// From or to guest memory itself.
 fn straight(image: &dyn Image, op: &Op, buffers: &mut [iovec]) -> io::Result<()> {
-    match op.kind {
-        OpKind::Write { durable } => {
-            // SAFETY: `resolve` checked the buffers against the mapping that `op.memory` keeps alive.
-            let write = |batch: &[iovec], offset| unsafe { image.write_at(batch, offset, durable) };
-            let done = in_batches(buffers, op.offset, image.alignment().block, write)?;
-            if done == length(op) { Ok(()) } else { Err(ErrorKind::WriteZero.into()) }
-        }
-        OpKind::Read | OpKind::Flush => {
-            // SAFETY: as above.
-            let read = |batch: &[iovec], offset| unsafe { image.read_at(batch, offset) };
-            let done = in_batches(buffers, op.offset, image.alignment().block, read)?;
-            zero_after(op, done)
-        }
+    if let OpKind::Write { durable } = op.kind {
+        // SAFETY: `resolve` checked the buffers against the mapping that `op.memory` keeps alive.
+        let write = |batch: &[iovec], offset| unsafe { image.write_at(batch, offset, durable) };
+        let done = in_batches(buffers, op.offset, image.alignment().block, write)?;
+        return if done == length(op) { Ok(()) } else { Err(ErrorKind::WriteZero.into()) };
     }
-}
-
-/// Through memory of our own, in whole blocks. A block that is written in part is read before; the caller keeps other
-/// writes away from it.
-fn bounced(image: &dyn Image, op: &Op, bounce: &mut AlignedBuffer) -> io::Result<()> {
-    let Alignment { memory, block } = image.alignment();
-    let chunk = CHUNK.next_multiple_of(block);
-    let too_large = || io::Error::from_raw_os_error(libc::EFBIG);
-    let end = op.offset.checked_add(length(op)).ok_or_else(too_large)?;
-    let mut at = op.offset;
-    while at < end {
-        let start = at - at % block;
-        let stop = end.min(start.checked_add(chunk).ok_or_else(too_large)?);
-        let window = stop.checked_next_multiple_of(block).ok_or_else(too_large)? - start;
-        let blocks = bounce.get(window as usize, memory);
-        let inner = (at - start) as usize..(stop - start) as usize;
-        if let OpKind::Write { durable } = op.kind {
-            let last = blocks.len() - block as usize;
-            if inner.start > 0 {
-                read_blocks(image, &mut blocks[..block as usize], start)?;
-            }
-            if inner.end < blocks.len() && (inner.start == 0 || last > 0) {
-                read_blocks(image, &mut blocks[last..], start + last as u64)?;
-            }
-            gather(op, at - op.offset, &mut blocks[inner])?;
-            write_blocks(image, blocks, start, durable)?;
-        } else {
-            read_blocks(image, blocks, start)?;
-            scatter(op, at - op.offset, &blocks[inner])?;
-        }
-        at = stop;
-    }
-    Ok(())
-}
-
-/// Fills `blocks`, with zeroes past the end of the image.
-fn read_blocks(image: &dyn Image, blocks: &mut [u8], offset: u64) -> io::Result<()> {
-    let mut buffers = [iovec { iov_base: blocks.as_mut_ptr().cast(), iov_len: blocks.len() }];
-    // SAFETY: they are our own, and borrowed until this returns.
+    // SAFETY: as above.
     let read = |batch: &[iovec], offset| unsafe { image.read_at(batch, offset) };
-    let done = in_batches(&mut buffers, offset, image.alignment().block, read)?;
-    blocks[done as usize..].fill(0);
-    Ok(())
-}
-
-fn write_blocks(image: &dyn Image, blocks: &mut [u8], offset: u64, durable: bool) -> io::Result<()> {
-    let mut buffers = [iovec { iov_base: blocks.as_mut_ptr().cast(), iov_len: blocks.len() }];
-    // SAFETY: as for reading.
-    let write = |batch: &[iovec], offset| unsafe { image.write_at(batch, offset, durable) };
-    let done = in_batches(&mut buffers, offset, image.alignment().block, write)?;
-    if done == blocks.len() as u64 { Ok(()) } else { Err(ErrorKind::WriteZero.into()) }
+    let done = in_batches(buffers, op.offset, image.alignment().block, read)?;
+    zero_after(op, done)
 }
 
 /// Calls `call` until all of `buffers` is transferred or there is no progress; returns the number of bytes transferred.
 /// Every call begins at a multiple of `block` bytes after the first: what a short transfer did of a block is done again.
-fn in_batches(
+pub(super) fn in_batches(
     buffers: &mut [iovec],
     offset: u64,
     block: u64,
@@ -251,46 +252,7 @@ fn zero_after(op: &Op, done: u64) -> io::Result<()> {
     Ok(())
 }
 
-/// Copies `bytes` to where they belong in guest memory: from byte `skip` of the op on.
-fn scatter(op: &Op, skip: u64, mut bytes: &[u8]) -> io::Result<()> {
-    pieces(op, skip, bytes.len(), |memory, address, len| {
-        let (now, later) = bytes.split_at(len);
-        bytes = later;
-        memory.write_slice(now, address)
-    })
-}
-
-/// Copies from guest memory what belongs into `bytes`: from byte `skip` of the op on.
-fn gather(op: &Op, skip: u64, bytes: &mut [u8]) -> io::Result<()> {
-    let mut done = 0;
-    pieces(op, skip, bytes.len(), |memory, address, len| {
-        let now = &mut bytes[done..done + len];
-        done += len;
-        memory.read_slice(now, address)
-    })
-}
-
-/// Calls `copy` for each piece of guest memory that holds some of the `len` bytes from byte `skip` of the op on.
-fn pieces(
-    op: &Op,
-    mut skip: u64,
-    mut len: usize,
-    mut copy: impl FnMut(&GuestMemoryMmap, GuestAddress, usize) -> vm_memory::GuestMemoryResult<()>,
-) -> io::Result<()> {
-    for &(address, segment) in &op.segments {
-        let before = skip.min(segment.into());
-        skip -= before;
-        let count = len.min(segment as usize - before as usize);
-        if count > 0 {
-            copy(&op.memory, GuestAddress(address.0.wrapping_add(before)), count)
-                .map_err(|_| io::Error::from_raw_os_error(libc::EFAULT))?;
-            len -= count;
-        }
-    }
-    Ok(())
-}
-
-fn retry<T>(mut call: impl FnMut() -> io::Result<T>) -> io::Result<T> {
+pub(super) fn retry<T>(mut call: impl FnMut() -> io::Result<T>) -> io::Result<T> {
     loop {
         match call() {
             Err(error) if error.kind() == ErrorKind::Interrupted => {}
@@ -324,6 +286,7 @@ mod tests {
     use std::fs::{self, File};
 
     use proptest::prelude::*;
+    use vm_memory::{Bytes, GuestAddress};
 
     use crate::engine::conformance::{Bed, at, disk, memory, op};
     use crate::engine::faulty::{Call, Fault, Faulty};

@@ -141,6 +141,8 @@ impl Ring for Uring {
             (OpKind::Write { .. }, _) => {
                 opcode::Writev::new(IMAGE, array, count).offset(offset).rw_flags(flags).build()
             }
+            // IORING_OP_FALLOCATE would go to a thread of the kernel each time; ours can do more.
+            (OpKind::Discard { .. } | OpKind::WriteZeroes { .. }, _) => unreachable!("the helper does these"),
         };
         // SAFETY: the caller vouches for the memory.
         let pushed = unsafe { self.0.submission().push(&entry.user_data(number as u64)) };

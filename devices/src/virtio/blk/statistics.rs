@@ -19,6 +19,10 @@ pub enum Kind {
     Write,
     /// VIRTIO_BLK_T_FLUSH.
     Flush,
+    /// VIRTIO_BLK_T_DISCARD.
+    Discard,
+    /// VIRTIO_BLK_T_WRITE_ZEROES.
+    WriteZeroes,
     /// VIRTIO_BLK_T_GET_ID.
     Identify,
     /// What is not valid, or not offered; never given to the engine. All of them are errors.
@@ -27,7 +31,8 @@ pub enum Kind {
 
 impl Kind {
     /// All of them, in the order of a snapshot's arrays.
-    pub const ALL: [Self; KINDS] = [Self::Read, Self::Write, Self::Flush, Self::Identify, Self::Refused];
+    pub const ALL: [Self; KINDS] =
+        [Self::Read, Self::Write, Self::Flush, Self::Discard, Self::WriteZeroes, Self::Identify, Self::Refused];
 
     /// Its name in reports.
     pub fn name(self) -> &'static str {
@@ -35,6 +40,8 @@ impl Kind {
             Self::Read => "read",
             Self::Write => "write",
             Self::Flush => "flush",
+            Self::Discard => "discard",
+            Self::WriteZeroes => "write-zeroes",
             Self::Identify => "identify",
             Self::Refused => "refused",
         }
@@ -45,6 +52,8 @@ impl Kind {
             Action::Transfer(OpKind::Read, _) => Self::Read,
             Action::Transfer(OpKind::Write { .. }, _) => Self::Write,
             Action::Transfer(OpKind::Flush, _) | Action::Answer(Status::Ok) => Self::Flush,
+            Action::Transfer(OpKind::Discard { .. }, _) => Self::Discard,
+            Action::Transfer(OpKind::WriteZeroes { .. }, _) => Self::WriteZeroes,
             Action::Identify => Self::Identify,
             Action::Answer(_) => Self::Refused,
         }
@@ -52,7 +61,7 @@ impl Kind {
 }
 
 /// How many kinds there are.
-pub const KINDS: usize = 5;
+pub const KINDS: usize = 7;
 
 /// Where a request spends its time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -154,12 +163,12 @@ impl Queue {
         }
     }
 
-    fn count(&self, kind: Kind, bytes: u32, failed: bool) {
+    fn count(&self, kind: Kind, bytes: u64, failed: bool) {
         self.requests[kind as usize].add(1);
         if failed {
             self.errors[kind as usize].add(1);
         } else {
-            self.bytes[kind as usize].add(bytes.into());
+            self.bytes[kind as usize].add(bytes);
         }
     }
 }
@@ -203,7 +212,7 @@ impl AddAssign<&Self> for Snapshot {
 #[derive(Clone, Copy)]
 struct Stamp {
     kind: Kind,
-    bytes: u32,
+    bytes: u64,
     /// When it was taken, and given to the engine; meaningless without latencies.
     taken: Instant,
     handed: Instant,
@@ -239,7 +248,7 @@ impl Recorder {
     }
 
     /// The request at `head`, for `bytes` of data, was taken from the ring and is for the engine.
-    pub(super) fn taken(&mut self, head: u16, kind: Kind, bytes: u32) {
+    pub(super) fn taken(&mut self, head: u16, kind: Kind, bytes: u64) {
         let now = self.now();
         self.stamps[usize::from(head)] = Stamp { kind, bytes, taken: now, handed: now };
     }

@@ -210,7 +210,13 @@ impl QueueWorker {
 
     /// A flush, unless the caller makes something else of it.
     fn new_op(&self) -> Op {
-        Op { kind: OpKind::Flush, offset: 0, segments: Vec::new(), memory: self.context.memory.clone() }
+        Op {
+            kind: OpKind::Flush,
+            offset: 0,
+            segments: Vec::new(),
+            ranges: Vec::new(),
+            memory: self.context.memory.clone(),
+        }
     }
 
     fn answer(&mut self, request: Request, status: Status) -> Result<(), Broken> {
@@ -225,6 +231,8 @@ impl QueueWorker {
             OpKind::Read => "reading",
             OpKind::Write { .. } => "writing",
             OpKind::Flush => "flushing",
+            OpKind::Discard { .. } => "discarding",
+            OpKind::WriteZeroes { .. } => "zeroing",
         };
         self.log(format_args!("{name} at byte {} failed: {error}", op.offset));
         Status::IoError
@@ -259,7 +267,8 @@ fn watch(epoll: &Epoll, event: &EventFd, set: EventSet, why: u64) -> io::Result<
     epoll.ctl(ControlOperation::Add, event.as_raw_fd(), EpollEvent::new(set, why))
 }
 
-/// Bytes of data.
-fn length(op: &Op) -> u32 {
-    op.segments.iter().map(|segment| segment.1).sum()
+/// Bytes of the disk that `op` is about.
+fn length(op: &Op) -> u64 {
+    let data: u64 = op.segments.iter().map(|segment| u64::from(segment.1)).sum();
+    op.ranges.iter().fold(data, |sum, range| sum + (range.end - range.start))
 }
