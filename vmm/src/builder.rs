@@ -199,6 +199,7 @@ impl VmBuilder<'_> {
                 aio: config.aio,
                 queues: config.queues,
                 queue_size: config.queue_size,
+                poll: config.poll,
                 statistics: self.resources.statistics[number].clone(),
             };
             let device: Box<dyn VirtioDevice> = Box::new(Blk::new(disk.clone(), &options));

@@ -276,6 +276,10 @@ impl<R: Ring> Ring for Faulty<R> {
         self.held.len()
     }
 
+    fn has_finished(&mut self) -> bool {
+        self.ring.has_finished()
+    }
+
     fn reap(&mut self, finished: &mut Vec<(usize, i64)>) {
         let before = finished.len();
         self.ring.reap(finished);

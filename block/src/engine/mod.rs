@@ -89,6 +89,10 @@ pub trait Engine: Send {
     /// Appends what has completed to `completions`, without blocking.
     fn reap(&mut self, completions: &mut Vec<Completion>);
 
+    /// Whether [`Engine::reap`] would yield something, for an owner who looks again and again: no system call and no lock.
+    /// May miss what only the host knows of; that is announced as always.
+    fn has_completed(&mut self) -> bool;
+
     /// Written when something completes after a [`Engine::reap`] that found nothing; an owner who still reaps need not
     /// be told. Nobody reads it, so wait for it edge-triggered, and only after such a `reap`.
     fn completion_event(&self) -> &EventFd;

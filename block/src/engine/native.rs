@@ -137,6 +137,12 @@ struct RingHead {
     header_length: u32,
 }
 
+impl RingHead {
+    fn is_empty(&self) -> bool {
+        self.head.load(Ordering::Relaxed) == self.tail.load(Ordering::Acquire)
+    }
+}
+
 /// `AIO_RING_MAGIC`: the layout above.
 const MAGIC: u32 = 0xa10a_10a1;
 
@@ -180,11 +186,15 @@ impl Native {
         })
     }
 
-    fn reap_mapped(&mut self, finished: &mut Vec<(usize, i64)>) {
-        let address = self.context.0 as usize;
+    fn head(&self) -> &RingHead {
         // SAFETY: as in `new`. The fields that change are atomic.
-        let header = unsafe { &*ptr::with_exposed_provenance::<RingHead>(address) };
-        let events = ptr::with_exposed_provenance::<IoEvent>(address + header.header_length as usize);
+        unsafe { &*ptr::with_exposed_provenance::<RingHead>(self.context.0 as usize) }
+    }
+
+    fn reap_mapped(&mut self, finished: &mut Vec<(usize, i64)>) {
+        let header = self.head();
+        let address = self.context.0 as usize + header.header_length as usize;
+        let events = ptr::with_exposed_provenance::<IoEvent>(address);
         // Only we write the head. The kernel's events are there before its tail says so.
         let mut head = header.head.load(Ordering::Relaxed);
         let tail = header.tail.load(Ordering::Acquire);
@@ -242,6 +252,10 @@ impl Ring for Native {
 
     fn queued(&self) -> usize {
         self.batch.len()
+    }
+
+    fn has_finished(&mut self) -> bool {
+        !self.refused.is_empty() || self.mapped && !self.head().is_empty()
     }
 
     fn reap(&mut self, finished: &mut Vec<(usize, i64)>) {

@@ -43,6 +43,9 @@ pub(super) trait Ring: Send {
     /// How many are queued and not handed over. After [`Ring::enter`]: the kernel had no room for them.
     fn queued(&self) -> usize;
 
+    /// Whether [`Ring::reap`] would yield something, without a system call; `false` also where only the kernel knows.
+    fn has_finished(&mut self) -> bool;
+
     /// Takes out what has completed: its number, and the bytes transferred or the negative errno. The event of the
     /// engine is written for each.
     fn reap(&mut self, finished: &mut Vec<(usize, i64)>);
@@ -224,6 +227,10 @@ impl<R: Ring> Engine for RingEngine<R> {
             self.helper.reap(completions);
             self.helping -= completions.len() - before;
         }
+    }
+
+    fn has_completed(&mut self) -> bool {
+        self.ring.has_finished() || self.helping > 0 && self.helper.has_completed()
     }
 
     fn completion_event(&self) -> &EventFd {

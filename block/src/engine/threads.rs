@@ -5,6 +5,7 @@ use std::collections::VecDeque;
 use std::io;
 use std::mem;
 use std::num::NonZeroUsize;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
@@ -44,6 +45,8 @@ struct Shared {
     name: String,
     idle: Duration,
     completed: EventFd,
+    /// `done` is not empty.
+    any_done: AtomicBool,
     state: Mutex<State>,
     /// There is work in the FIFO, or the pool closes.
     work: Condvar,
@@ -108,6 +111,7 @@ impl ThreadPool {
             name: name.to_owned(),
             idle,
             completed,
+            any_done: AtomicBool::new(false),
             state: Mutex::new(State { limit: threads.get(), ..State::default() }),
             work: Condvar::new(),
             drained: Condvar::new(),
@@ -137,7 +141,12 @@ impl Engine for ThreadPool {
         } else {
             state.owner = Owner::Reaping;
             completions.append(&mut state.done);
+            self.shared.any_done.store(false, Ordering::Relaxed);
         }
+    }
+
+    fn has_completed(&mut self) -> bool {
+        self.shared.any_done.load(Ordering::Relaxed)
     }
 
     fn completion_event(&self) -> &EventFd {
@@ -153,6 +162,7 @@ impl Engine for ThreadPool {
         }
         state.owner = Owner::Reaping;
         completions.append(&mut state.done);
+        self.shared.any_done.store(false, Ordering::Relaxed);
     }
 }
 
@@ -231,6 +241,7 @@ impl Shared {
         let mut tell = false;
         if let Some(completion) = finished {
             state.done.push(completion);
+            self.any_done.store(true, Ordering::Relaxed);
             state.running -= 1;
             match state.owner {
                 Owner::Waiting => {

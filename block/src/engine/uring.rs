@@ -168,6 +168,10 @@ impl Ring for Uring {
         unsafe { self.0.submission_shared() }.len()
     }
 
+    fn has_finished(&mut self) -> bool {
+        !self.0.completion().is_empty()
+    }
+
     fn reap(&mut self, finished: &mut Vec<(usize, i64)>) {
         finished.extend(self.0.completion().map(|entry| (entry.user_data() as usize, entry.result().into())));
     }

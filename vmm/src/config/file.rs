@@ -200,6 +200,7 @@ pub fn to_toml(vm: &VmConfig) -> Result<String, ConfigError> {
         line(&mut out, "ioeventfd", disk.ioeventfd);
         line(&mut out, "queues", disk.queues);
         line(&mut out, "queue-size", disk.queue_size);
+        line(&mut out, "poll-us", disk.poll.as_micros());
         line(&mut out, "aio", text(disk.aio.name()));
         line(&mut out, "cache", text(disk.cache.name()));
         // The only one there is, written out so that nobody has to guess.
@@ -264,6 +265,7 @@ mod tests {
             cache = "none"
             queues = 3
             queue-size = 64
+            poll-us = 50
         "#;
         let disk = |path: &str, id: &str, serial: Option<&str>, readonly| DiskConfig {
             path: path.into(),
@@ -275,6 +277,7 @@ mod tests {
             ioeventfd: true,
             queues: if id == "data" { 3 } else { 2 },
             queue_size: if id == "data" { 64 } else { 256 },
+            poll: Duration::from_micros(if id == "data" { 50 } else { 0 }),
         };
         let expected = VmConfig {
             kernel: "/vms/vmlinuz".into(),
@@ -328,7 +331,8 @@ mod tests {
             (
                 "[[disk]]\npath = \"a\"\nfile = \"b\"\n",
                 "/vms/vm.toml:3: disk: unknown key \"file\" \
-                 (keys: path, readonly, serial, id, format, aio, cache, ioeventfd, queues, queue-size)",
+                 (keys: path, readonly, serial, id, format, aio, cache, ioeventfd, queues, queue-size, \
+                 poll-us)",
             ),
             (
                 "disk = \"root.img\"\n",
@@ -387,8 +391,9 @@ mod tests {
             path in any_path(), id in "d[a-z0-9._-]{0,8}", serial in proptest::option::of("[ -~]{1,20}"),
             readonly: bool, ioeventfd: bool, (aio, cache) in any_engine(), queues in 1..=64_u16,
             queue_size in (2..=10).prop_map(|shift| 1_u16 << shift),
+            poll in (0..=10_000_u64).prop_map(Duration::from_micros),
         ) -> DiskConfig {
-            DiskConfig { path, id, serial, readonly, aio, cache, ioeventfd, queues, queue_size }
+            DiskConfig { path, id, serial, readonly, aio, cache, ioeventfd, queues, queue_size, poll }
         }
     }
 

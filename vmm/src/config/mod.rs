@@ -133,6 +133,9 @@ pub struct DiskConfig {
     pub queues: u16,
     /// Entries of each queue: a power of two, one of [`QUEUE_SIZES`](devices::virtio::blk::QUEUE_SIZES).
     pub queue_size: u16,
+    /// How long a queue's thread without work looks for some before it sleeps, at most: whole microseconds, up to
+    /// [`LONGEST_POLL`](devices::virtio::blk::LONGEST_POLL). Not said: it does not look.
+    pub poll: Duration,
 }
 
 /// `--serial`.

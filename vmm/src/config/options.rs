@@ -14,8 +14,8 @@ use super::{MemoryConfig, SerialConfig};
 pub const MEMORY_KEYS: [&str; 4] = ["size", "hugepages", "prefault", "shared"];
 
 /// The keys of `--disk`; the first may be left out.
-pub const DISK_KEYS: [&str; 10] =
-    ["path", "readonly", "serial", "id", "format", "aio", "cache", "ioeventfd", "queues", "queue-size"];
+pub const DISK_KEYS: [&str; 11] =
+    ["path", "readonly", "serial", "id", "format", "aio", "cache", "ioeventfd", "queues", "queue-size", "poll-us"];
 
 /// What `--serial` can be connected to; the first two take a path.
 pub const SERIAL_KEYS: [&str; 5] = ["file", "socket", "stdio", "pty", "none"];
@@ -70,6 +70,7 @@ pub(super) fn disk(settings: &Settings) -> Result<DiskRequest, ConfigError> {
         ioeventfd: settings.switch("ioeventfd", true)?,
         queues: settings.value("queues", value::queues)?,
         queue_size: settings.value("queue-size", value::queue_size)?.unwrap_or(QUEUE_SIZE),
+        poll: settings.value("poll-us", value::poll)?.unwrap_or_default(),
         place: settings.place().clone(),
     })
 }

@@ -60,6 +60,8 @@ pub struct DiskRequest {
     pub queues: Option<u16>,
     /// See [`DiskConfig::queue_size`].
     pub queue_size: u16,
+    /// See [`DiskConfig::poll`].
+    pub poll: Duration,
     /// Where it was written, for complaints.
     pub place: Place,
 }
@@ -168,9 +170,9 @@ fn disks(requests: Vec<DiskRequest>, cpus: u32) -> Result<Vec<DiskConfig>, Confi
                 .place
                 .error(format_args!("the id \"{id}\" belongs to {path}; choose another with id=")));
         }
-        let DiskRequest { path, serial, readonly, aio, cache, ioeventfd, queue_size, .. } = request;
+        let DiskRequest { path, serial, readonly, aio, cache, ioeventfd, queue_size, poll, .. } = request;
         let queues = request.queues.unwrap_or_else(|| cpus.min(super::DISK_QUEUES.into()) as u16);
-        disks.push(DiskConfig { path, id, serial, readonly, aio, cache, ioeventfd, queues, queue_size });
+        disks.push(DiskConfig { path, id, serial, readonly, aio, cache, ioeventfd, queues, queue_size, poll });
     }
     Ok(disks)
 }
@@ -204,6 +206,7 @@ mod tests {
             ioeventfd: true,
             queues: 1,
             queue_size: 256,
+            poll: Duration::ZERO,
         }
     }
 
@@ -247,6 +250,7 @@ mod tests {
                     ioeventfd: false,
                     queues: 2,
                     queue_size: 1024,
+                    poll: Duration::from_micros(32),
                 },
             ],
             serial: SerialConfig::File("console.log".into()),
@@ -266,7 +270,7 @@ mod tests {
             (
                 "disk",
                 "path=a,,b.img,id=data,serial=S 1,readonly=on,ioeventfd=off,format=raw,aio=native,cache=directsync,\
-                 queues=2,queue-size=1024",
+                 queues=2,queue-size=1024,poll-us=32",
             ),
             ("serial", "file=console.log"),
             ("debug-exit", "0xf4"),
@@ -336,6 +340,11 @@ mod tests {
                 "disk",
                 "x,queue-size=300",
                 "--disk x,queue-size=300: queue-size=300: a queue has a power of two from 4 to 1024 entries; write 256",
+            ),
+            (
+                "disk",
+                "x,poll-us=20000",
+                "--disk x,poll-us=20000: poll-us=20000: not 0 to 10000 microseconds; write it like 32, or 0 for none",
             ),
             (
                 "disk",

@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use devices::virtio::blk::{MAX_QUEUES, QUEUE_SIZE, QUEUE_SIZES};
+use devices::virtio::blk::{LONGEST_POLL, MAX_QUEUES, QUEUE_SIZE, QUEUE_SIZES};
 
 use crate::layout;
 
@@ -90,6 +90,14 @@ pub(super) fn queue_size(text: &str) -> Result<u16, String> {
         return Ok(size);
     }
     Err(format!("a queue has a power of two from {least} to {most} entries; write {size}"))
+}
+
+/// The longest time a disk's worker looks for work, in microseconds.
+pub(super) fn poll(text: &str) -> Result<Duration, String> {
+    let most = LONGEST_POLL.as_micros();
+    let micros = text.parse::<u16>().ok().filter(|&micros| u128::from(micros) <= most);
+    let micros = micros.ok_or_else(|| format!("not 0 to {most} microseconds; write it like 32, or 0 for none"))?;
+    Ok(Duration::from_micros(micros.into()))
 }
 
 /// Whole seconds.
@@ -248,6 +256,16 @@ mod tests {
     }
 
     #[test]
+    fn polling_of_disks() {
+        for (text, micros) in [("0", 0), ("32", 32), ("10000", 10_000)] {
+            assert_eq!(poll(text), Ok(Duration::from_micros(micros)));
+        }
+        for text in ["10001", "-1", "1.5", "", "off", "65536"] {
+            assert!(poll(text).unwrap_err().starts_with("not 0 to 10000 microseconds; "), "{text}");
+        }
+    }
+
+    #[test]
     fn names_of_disks() {
         assert_eq!(id("root-1.a_b"), Ok("root-1.a_b".to_owned()));
         for text in ["", "0", "1disk", "a b", "é", "a/b"] {
@@ -287,7 +305,7 @@ mod tests {
         fn no_text_panics(text in any::<String>(), near in "[0-9.+x]{0,30}[KMGTkmgt]?") {
             for text in [&text, &near] {
                 let _ = (size(text), switch(text), cpus(text), seconds(text), debug_exit(text), id(text));
-                let _ = (queues(text), queue_size(text), disk_serial(text), nearest(text, &["path", "readonly"]));
+                let _ = (queues(text), queue_size(text), poll(text), disk_serial(text), nearest(text, &["path", "readonly"]));
             }
         }
     }

@@ -4,6 +4,7 @@
 use std::io;
 use std::ops::RangeInclusive;
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use block::cache::CacheMode;
 use block::disk::{Disk, SECTOR_SIZE};
@@ -24,6 +25,7 @@ use super::queue::QueueError;
 use crate::log_limit::LogLimit;
 use crate::worker::Worker;
 
+mod polling;
 mod request;
 pub mod statistics;
 mod worker;
@@ -37,6 +39,9 @@ pub const QUEUE_SIZES: RangeInclusive<u16> = 4..=1024;
 
 /// Entries of a queue if nothing is said.
 pub const QUEUE_SIZE: u16 = 256;
+
+/// The longest a worker may look for work: it does not see that it is to stop meanwhile.
+pub const LONGEST_POLL: Duration = Duration::from_millis(10);
 
 /// `struct virtio_blk_config` (virtio 1.2, 5.2.4) up to `num_queues`; no feature that is offered defines more.
 const CONFIG_BYTES: usize = 36;
@@ -56,6 +61,9 @@ pub struct BlkOptions {
     pub queue_size: u16,
     /// Where its requests are counted.
     pub statistics: Arc<Statistics>,
+    /// How long a worker without work looks for some before it sleeps, up to [`LONGEST_POLL`]; it looks
+    /// shorter, or not at all, as long as that has not paid.
+    pub poll: Duration,
 }
 
 impl Default for BlkOptions {
@@ -67,6 +75,7 @@ impl Default for BlkOptions {
             queues: 1,
             queue_size: QUEUE_SIZE,
             statistics: Arc::default(),
+            poll: Duration::ZERO,
         }
     }
 }
@@ -95,6 +104,7 @@ pub struct Blk {
     /// One size a queue, all the same.
     queue_sizes: Vec<u16>,
     statistics: Arc<Statistics>,
+    poll: Duration,
     workers: Vec<Worker<()>>,
     /// Across resets, for a guest can reset as often as it likes.
     log: Arc<Mutex<LogLimit>>,
@@ -114,6 +124,7 @@ impl Blk {
             aio: options.aio,
             queue_sizes: vec![options.queue_size; options.queues.into()],
             statistics: options.statistics.clone(),
+            poll: options.poll,
             workers: Vec::new(),
             log: Arc::default(),
         }
@@ -185,6 +196,7 @@ impl VirtioDevice for Blk {
             memory: activation.memory,
             interrupt: activation.interrupt,
             log: self.log.clone(),
+            poll: self.poll,
             halt: Arc::new(EventFd::new(EFD_NONBLOCK).map_err(failed)?),
             statistics: self.statistics.clone(),
         };

@@ -4,7 +4,7 @@ use std::io;
 use std::mem;
 use std::os::fd::AsRawFd;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use block::disk::Disk;
 use block::engine::{Completion, Engine, Op, OpKind};
@@ -13,6 +13,7 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::Broken;
+use super::polling::Polling;
 use super::request::{Action, Request, Rules, Serial, Status};
 use super::statistics::{Kind, Recorder, Statistics};
 use crate::log_limit::LogLimit;
@@ -38,6 +39,7 @@ pub(super) struct Context {
     pub(super) memory: Arc<GuestMemoryMmap>,
     pub(super) interrupt: Arc<dyn Interrupt>,
     pub(super) log: Arc<Mutex<LogLimit>>,
+    pub(super) poll: Duration,
     /// Readable when one queue is broken: all queues of the device stop then.
     pub(super) halt: Arc<EventFd>,
     pub(super) statistics: Arc<Statistics>,
@@ -51,6 +53,7 @@ pub(super) struct QueueWorker {
     /// Registered in `epoll`, so it stays open as long.
     _kick: EventFd,
     engine: Box<dyn Engine>,
+    pub(super) polling: Polling,
     epoll: Epoll,
     /// The requests in the engine, by descriptor head.
     slots: Vec<Option<Request>>,
@@ -75,6 +78,7 @@ impl QueueWorker {
         let size = queue.queue.size();
         let record = Recorder::new(context.statistics.queue(queue.index), size);
         Ok(Self {
+            polling: Polling::new(context.poll),
             context,
             index: queue.index,
             queue: queue.queue,
@@ -123,7 +127,7 @@ impl QueueWorker {
         loop {
             let mut busy = true;
             for _ in 0..BUSY_ROUNDS {
-                busy = self.round()?;
+                busy = self.round()? || self.look();
                 if !busy {
                     break;
                 }
@@ -137,6 +141,11 @@ impl QueueWorker {
         }
     }
 
+    /// There was nothing to do: looks for a while. Returns whether there is something now.
+    fn look(&mut self) -> bool {
+        self.polling.look(|| self.queue.is_available() || self.engine.has_completed())
+    }
+
     /// Answers what is completed, starts what is available; `false` if there was neither.
     fn round(&mut self) -> Result<bool, Broken> {
         let completed = self.complete()?;
@@ -146,7 +155,11 @@ impl QueueWorker {
         self.record.submitting();
         self.engine.submit();
         self.tell();
-        Ok(completed || taken)
+        let busy = completed || taken;
+        if busy {
+            self.polling.worked();
+        }
+        Ok(busy)
     }
 
     /// Shows the driver what was answered since the last time, with one interrupt if it wants one.

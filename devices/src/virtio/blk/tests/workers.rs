@@ -1,5 +1,7 @@
 //! A worker over engines that are told what to do.
 
+use std::sync::atomic::{AtomicBool, Ordering};
+
 use block::engine::{Completion, Engine, Op, OpKind};
 
 use super::*;
@@ -22,6 +24,9 @@ impl Engine for Stuck {
         }
     }
     fn reap(&mut self, _: &mut Vec<Completion>) {}
+    fn has_completed(&mut self) -> bool {
+        false
+    }
     fn completion_event(&self) -> &EventFd {
         &self.completed
     }
@@ -49,6 +54,9 @@ impl Engine for Failing {
     fn reap(&mut self, completions: &mut Vec<Completion>) {
         completions.append(&mut self.done);
     }
+    fn has_completed(&mut self) -> bool {
+        !self.done.is_empty()
+    }
     fn completion_event(&self) -> &EventFd {
         &self.completed
     }
@@ -75,6 +83,9 @@ impl Engine for Late {
         }
     }
     fn reap(&mut self, _: &mut Vec<Completion>) {}
+    fn has_completed(&mut self) -> bool {
+        false
+    }
     fn completion_event(&self) -> &EventFd {
         &self.completed
     }
@@ -82,6 +93,11 @@ impl Engine for Late {
 }
 
 fn spawn(guest: &Guest, image: &Image, engine: Box<dyn Engine>) -> Worker<()> {
+    let worker = worker(guest, image, engine);
+    Worker::spawn("blk0-q0", move |stop| worker.run(&stop)).unwrap()
+}
+
+fn worker(guest: &Guest, image: &Image, engine: Box<dyn Engine>) -> QueueWorker {
     let disk = Arc::new(Disk::open(&image.path, false, CacheMode::Writeback, "disk0").unwrap());
     let context = Context {
         rules: Rules { size: disk.size(), readonly: false, durable: false, flush: true },
@@ -90,11 +106,11 @@ fn spawn(guest: &Guest, image: &Image, engine: Box<dyn Engine>) -> Worker<()> {
         memory: guest.memory.clone(),
         interrupt: guest.line.clone(),
         log: Arc::default(),
+        poll: Duration::ZERO,
         halt: Arc::new(EventFd::new(EFD_NONBLOCK).unwrap()),
         statistics: Arc::default(),
     };
-    let worker = QueueWorker::new(context, guest.queue(), engine).unwrap();
-    Worker::spawn("blk0-q0", move |stop| worker.run(&stop)).unwrap()
+    QueueWorker::new(context, guest.queue(), engine).unwrap()
 }
 
 /// What is in flight ends first, for a flush covers only what completed before it (virtio 1.2, 5.2.6.2).
@@ -158,6 +174,9 @@ impl Engine for Endless {
         }
     }
     fn reap(&mut self, _: &mut Vec<Completion>) {}
+    fn has_completed(&mut self) -> bool {
+        false
+    }
     fn completion_event(&self) -> &EventFd {
         &self.completed
     }
@@ -192,4 +211,47 @@ fn a_failing_disk_fails_requests_and_completions_inline_are_seen() {
     }
     assert_eq!(guest.request(GET_ID, 0, &[writable(DATA, 20)]), (OK, 21));
     worker.stop();
+}
+
+/// Says that something has completed when it is told to.
+struct Told {
+    said: Arc<AtomicBool>,
+    completed: EventFd,
+}
+
+impl Engine for Told {
+    fn push(&mut self, _: Op, _: u16) {}
+    fn submit(&mut self) {}
+    fn reap(&mut self, _: &mut Vec<Completion>) {}
+    fn has_completed(&mut self) -> bool {
+        self.said.load(Ordering::Relaxed)
+    }
+    fn completion_event(&self) -> &EventFd {
+        &self.completed
+    }
+    fn drain(&mut self, _: &mut Vec<Completion>) {}
+}
+
+#[test]
+fn a_worker_that_looks_for_work_needs_no_notification_and_can_be_stopped() {
+    for features in [PLAIN, EVENT_IDX] {
+        let (image, mut guest) = (Image::new(), Guest::new(features));
+        let said = Arc::new(AtomicBool::new(false));
+        let engine = Told { said: said.clone(), completed: EventFd::new(EFD_NONBLOCK).unwrap() };
+        let mut worker = worker(&guest, &image, Box::new(engine));
+        worker.polling = polling::Polling::learnt(Duration::from_secs(3600));
+        let worker = Worker::spawn("blk0-q0", move |stop| worker.run(&stop)).unwrap();
+        for count in 1..=3 {
+            guest.driver.set_used_event(count - 1);
+            let (head, status) = guest.offer(GET_ID, 0, &[writable(DATA, 20)]);
+            wait(&guest.line.queue);
+            assert_eq!(guest.driver.used(), Some((head, 21)));
+            assert_eq!(guest.bytes(status, 1), [OK]);
+            // Rings of zeroes ask to be notified of the first.
+            assert!(count == 1 || !guest.driver.must_notify(features == EVENT_IDX, 1), "it is awake");
+        }
+        // What it finds ends the look, and whoever finds something again and again still sees that it is to stop.
+        said.store(true, Ordering::Relaxed);
+        worker.stop();
+    }
 }

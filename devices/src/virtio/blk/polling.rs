@@ -1,0 +1,143 @@
+//! How long a worker looks for work before it goes to sleep. Sleeping and being woken costs microseconds and, for the
+//! driver, a notification; looking costs a CPU. So a worker looks only as long as that has paid lately, and never longer
+//! than it was told. Owned by the worker.
+
+use std::hint;
+use std::time::{Duration, Instant};
+
+/// What the first look that may pay takes.
+const FIRST: Duration = Duration::from_micros(4);
+
+/// The time spent on looking adapts: work that came soon after the worker fell asleep doubles it, work that kept it waiting
+/// longer than the maximum ends it.
+#[derive(Debug)]
+pub(super) struct Polling {
+    max: Duration,
+    budget: Duration,
+    /// Since when there has been no work.
+    idle: Option<Instant>,
+}
+
+impl Polling {
+    /// Never looks longer than `max`; zero: not at all.
+    pub(super) fn new(max: Duration) -> Self {
+        Self { max, budget: Duration::ZERO, idle: None }
+    }
+
+    /// As if `budget` had been learnt.
+    #[cfg(test)]
+    pub(super) fn learnt(budget: Duration) -> Self {
+        Self { max: budget, budget, idle: None }
+    }
+
+    /// There was no work: looks for some with `found`, if that pays. Returns whether there is some.
+    pub(super) fn look(&mut self, mut found: impl FnMut() -> bool) -> bool {
+        if self.max.is_zero() {
+            return false;
+        }
+        // Awake for nothing, it has looked already.
+        let idle = *self.idle.get_or_insert_with(Instant::now);
+        while idle.elapsed() < self.budget {
+            if found() {
+                return true;
+            }
+            hint::spin_loop();
+        }
+        false
+    }
+
+    /// There was work.
+    pub(super) fn worked(&mut self) {
+        if let Some(idle) = self.idle.take() {
+            self.adapt(idle.elapsed());
+        }
+    }
+
+    /// Learns that work came after `waited`.
+    fn adapt(&mut self, waited: Duration) {
+        if waited > self.max {
+            self.budget = Duration::ZERO;
+        } else if waited > self.budget {
+            self.budget = (self.budget * 2).clamp(FIRST.min(self.max), self.max);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    const MAX: Duration = Duration::from_micros(32);
+
+    fn after(max: Duration, waits: &[u64]) -> Duration {
+        let mut polling = Polling::new(max);
+        for &wait in waits {
+            polling.adapt(Duration::from_micros(wait));
+        }
+        polling.budget
+    }
+
+    #[test]
+    fn the_budget_grows_while_it_pays_and_ends_when_it_does_not() {
+        for (waits, budget) in [
+            (&[][..], 0),
+            (&[3], 4),
+            (&[30], 4),
+            (&[3, 3, 4], 4),
+            (&[3, 5], 8),
+            (&[30, 30, 30], 16),
+            (&[30, 30, 30, 30], 32),
+            (&[32, 32, 32, 32, 32, 32], 32),
+            (&[30, 30, 30, 33], 0),
+            (&[30, 30, 30, 1000, 20], 4),
+        ] {
+            assert_eq!(after(MAX, waits), Duration::from_micros(budget), "{waits:?}");
+        }
+        assert_eq!(after(Duration::from_micros(3), &[2]), Duration::from_micros(3), "less than the first step");
+        assert_eq!(after(Duration::from_micros(5), &[5, 5]), Duration::from_micros(5), "no power of two");
+    }
+
+    proptest! {
+        /// Against what the maximum means: the budget is one of few steps, and whatever was learnt, a run of waits within
+        /// the maximum leads to a budget that covers them.
+        #[test]
+        fn covers_what_comes_within_the_maximum(
+            max in 1_u64..1000, before in prop::collection::vec(0_u64..3000, 0..50), share in 0_u64..=100,
+        ) {
+            let limit = Duration::from_micros(max);
+            let budget = after(limit, &before);
+            let steps: Vec<_> = (0..9).map(|step| 4 << step).take_while(|step| *step < max).chain([0, max]).collect();
+            prop_assert!(steps.contains(&(budget.as_micros() as u64)), "{budget:?}");
+            let wait = max * share / 100;
+            let waits: Vec<_> = before.iter().copied().chain([wait; 10]).collect();
+            prop_assert!(after(limit, &waits) >= Duration::from_micros(wait));
+            let late: Vec<_> = waits.iter().copied().chain([max + 1]).collect();
+            prop_assert_eq!(after(limit, &late), Duration::ZERO);
+        }
+    }
+
+    #[test]
+    fn looks_as_long_as_the_budget_and_only_once() {
+        let mut looks = 0;
+        assert!(!Polling::new(Duration::ZERO).look(|| panic!("told not to look")));
+        let mut polling = Polling::new(Duration::from_secs(3600));
+        assert!(!polling.look(|| panic!("nothing is learnt yet")));
+        polling.worked();
+        assert_eq!(polling.budget, FIRST, "it came soon");
+        polling.budget = Duration::from_secs(3600);
+        let found = polling.look(|| {
+            looks += 1;
+            looks == 5
+        });
+        assert!(found);
+        polling.worked();
+        assert_eq!((looks, polling.budget), (5, Duration::from_secs(3600)));
+        // A wake-up for nothing is no new wait.
+        polling.budget = Duration::from_nanos(1);
+        while polling.look(|| false) {}
+        let idle = polling.idle;
+        assert!(idle.is_some() && !polling.look(|| panic!("the budget is used")));
+        assert_eq!(polling.idle, idle);
+    }
+}
