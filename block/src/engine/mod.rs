@@ -15,6 +15,8 @@ mod ring;
 pub mod threads;
 mod transfer;
 pub mod uring;
+#[cfg(any(test, feature = "test-utils"))]
+pub mod volatile;
 mod zeroes;
 
 pub use aio::{Aio, Unusable};

@@ -40,7 +40,7 @@ fn cache_modes_decide_what_is_offered_and_what_is_stable() {
 }
 
 /// An image in whole 4 KiB blocks where the build is: on a disk, so that it can be opened with O_DIRECT.
-fn image_on_disk() -> Image {
+pub(super) fn image_on_disk() -> Image {
     let dir = TempDir::new_in(std::env::current_exe().unwrap().parent().unwrap()).unwrap();
     let path = dir.path().join("disk.img");
     fs::write(&path, vec![0; SECTORS as usize * 512]).unwrap();

@@ -250,6 +250,7 @@ fn pattern(len: usize, seed: usize) -> Vec<u8> {
 }
 
 mod config;
+mod crash;
 mod host;
 mod queues;
 mod requests;

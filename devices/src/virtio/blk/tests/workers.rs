@@ -92,16 +92,11 @@ impl Engine for Late {
     fn drain(&mut self, _: &mut Vec<Completion>) {}
 }
 
-fn spawn(guest: &Guest, image: &Image, engine: Box<dyn Engine>) -> Worker<()> {
-    let worker = worker(guest, image, engine);
-    Worker::spawn("blk0-q0", move |stop| worker.run(&stop)).unwrap()
-}
-
-fn worker(guest: &Guest, image: &Image, engine: Box<dyn Engine>) -> QueueWorker {
-    let disk = Arc::new(Disk::open(&image.path, false, CacheMode::Writeback, "disk0").unwrap());
-    let context = Context {
-        rules: Rules { size: disk.size(), readonly: false, durable: false, flush: true },
+/// What a worker of `disk` needs besides its queue and its engine.
+pub(super) fn context(guest: &Guest, disk: Arc<Disk>, rules: Rules) -> Context {
+    Context {
         disk,
+        rules,
         serial: [0; 20],
         memory: guest.memory.clone(),
         interrupt: guest.line.clone(),
@@ -109,8 +104,18 @@ fn worker(guest: &Guest, image: &Image, engine: Box<dyn Engine>) -> QueueWorker 
         poll: Duration::ZERO,
         halt: Arc::new(EventFd::new(EFD_NONBLOCK).unwrap()),
         statistics: Arc::default(),
-    };
-    QueueWorker::new(context, guest.queue(), engine).unwrap()
+    }
+}
+
+fn spawn(guest: &Guest, image: &Image, engine: Box<dyn Engine>) -> Worker<()> {
+    let worker = worker(guest, image, engine);
+    Worker::spawn("blk0-q0", move |stop| worker.run(&stop)).unwrap()
+}
+
+fn worker(guest: &Guest, image: &Image, engine: Box<dyn Engine>) -> QueueWorker {
+    let disk = Arc::new(Disk::open(&image.path, false, CacheMode::Writeback, "disk0").unwrap());
+    let rules = Rules { size: disk.size(), readonly: false, durable: false, flush: true };
+    QueueWorker::new(context(guest, disk, rules), guest.queue(), engine).unwrap()
 }
 
 /// What is in flight ends first, for a flush covers only what completed before it (virtio 1.2, 5.2.6.2).
