@@ -25,7 +25,7 @@ use kvm_ioctls::{Cap, Error, Kvm, VcpuFd, VmFd};
 use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use crate::config::{BootProtocol, VmConfig, format_size};
+use crate::config::{BootProtocol, Discard, VmConfig, format_size};
 use crate::console::Console;
 use crate::cpuid::{self, Topology};
 use crate::exit::{ExitLine, ExitReason};
@@ -200,6 +200,7 @@ impl VmBuilder<'_> {
                 queues: config.queues,
                 queue_size: config.queue_size,
                 poll: config.poll,
+                unmap: config.discard == Discard::Unmap,
                 statistics: self.resources.statistics[number].clone(),
             };
             let device: Box<dyn VirtioDevice> = Box::new(Blk::new(disk.clone(), &options));

@@ -44,7 +44,7 @@ pub(super) struct RunArgs {
     /// ignores flushes) [default: writeback], queues=N (each with a thread and an engine of its own) [default: one a CPU,
     /// at most 4], queue-size=N (entries, a power of two up to 1024) [default: 256],
     /// poll-us=N (how many microseconds each queue's thread looks for work before it sleeps, at most, while that pays)
-    /// [default: 0].
+    /// [default: 0], discard=unmap|ignore (unmap: what the guest discards is given back to the host) [default: unmap].
     #[arg(long, value_name = "path=FILE[,KEY=VALUE]...", value_hint = clap::ValueHint::FilePath)]
     disk: Vec<String>,
     /// What COM1 is connected to [default: stdio]

@@ -201,6 +201,7 @@ pub fn to_toml(vm: &VmConfig) -> Result<String, ConfigError> {
         line(&mut out, "queues", disk.queues);
         line(&mut out, "queue-size", disk.queue_size);
         line(&mut out, "poll-us", disk.poll.as_micros());
+        line(&mut out, "discard", text(disk.discard.name()));
         line(&mut out, "aio", text(disk.aio.name()));
         line(&mut out, "cache", text(disk.cache.name()));
         // The only one there is, written out so that nobody has to guess.
@@ -228,7 +229,7 @@ fn path(path: &Path) -> Result<&str, ConfigError> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::{BootProtocol, DiskConfig, MemoryConfig};
+    use crate::config::{BootProtocol, Discard, DiskConfig, MemoryConfig};
     use block::cache::CacheMode;
     use block::engine::Aio;
     use proptest::prelude::*;
@@ -266,6 +267,7 @@ mod tests {
             queues = 3
             queue-size = 64
             poll-us = 50
+            discard = "ignore"
         "#;
         let disk = |path: &str, id: &str, serial: Option<&str>, readonly| DiskConfig {
             path: path.into(),
@@ -278,6 +280,7 @@ mod tests {
             queues: if id == "data" { 3 } else { 2 },
             queue_size: if id == "data" { 64 } else { 256 },
             poll: Duration::from_micros(if id == "data" { 50 } else { 0 }),
+            discard: if id == "data" { Discard::Ignore } else { Discard::Unmap },
         };
         let expected = VmConfig {
             kernel: "/vms/vmlinuz".into(),
@@ -332,7 +335,7 @@ mod tests {
                 "[[disk]]\npath = \"a\"\nfile = \"b\"\n",
                 "/vms/vm.toml:3: disk: unknown key \"file\" \
                  (keys: path, readonly, serial, id, format, aio, cache, ioeventfd, queues, queue-size, \
-                 poll-us)",
+                 poll-us, discard)",
             ),
             (
                 "disk = \"root.img\"\n",
@@ -391,9 +394,9 @@ mod tests {
             path in any_path(), id in "d[a-z0-9._-]{0,8}", serial in proptest::option::of("[ -~]{1,20}"),
             readonly: bool, ioeventfd: bool, (aio, cache) in any_engine(), queues in 1..=64_u16,
             queue_size in (2..=10).prop_map(|shift| 1_u16 << shift),
-            poll in (0..=10_000_u64).prop_map(Duration::from_micros),
+            poll in (0..=10_000_u64).prop_map(Duration::from_micros), discard in proptest::sample::select(&Discard::ALL[..]),
         ) -> DiskConfig {
-            DiskConfig { path, id, serial, readonly, aio, cache, ioeventfd, queues, queue_size, poll }
+            DiskConfig { path, id, serial, readonly, aio, cache, ioeventfd, queues, queue_size, poll, discard }
         }
     }
 

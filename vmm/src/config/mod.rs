@@ -136,6 +136,31 @@ pub struct DiskConfig {
     /// How long a queue's thread without work looks for some before it sleeps, at most: whole microseconds, up to
     /// [`LONGEST_POLL`](devices::virtio::blk::LONGEST_POLL). Not said: it does not look.
     pub poll: Duration,
+    /// What becomes of what the guest discards.
+    pub discard: Discard,
+}
+
+/// What becomes of what a guest discards.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Discard {
+    /// Its blocks are given back to the host, those of what it zeroes too if it allows that.
+    #[default]
+    Unmap,
+    /// Nothing: the guest is not offered to discard, and what it zeroes stays allocated.
+    Ignore,
+}
+
+impl Discard {
+    /// All of them.
+    pub const ALL: [Self; 2] = [Self::Unmap, Self::Ignore];
+
+    /// The name that users write.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Unmap => "unmap",
+            Self::Ignore => "ignore",
+        }
+    }
 }
 
 /// `--serial`.

@@ -8,14 +8,26 @@ use super::list::Settings;
 use super::place::{ConfigError, Place};
 use super::request::DiskRequest;
 use super::value::{self, format_size};
-use super::{MemoryConfig, SerialConfig};
+use super::{Discard, MemoryConfig, SerialConfig};
 
 /// The keys of `--memory`; the first may be left out.
 pub const MEMORY_KEYS: [&str; 4] = ["size", "hugepages", "prefault", "shared"];
 
 /// The keys of `--disk`; the first may be left out.
-pub const DISK_KEYS: [&str; 11] =
-    ["path", "readonly", "serial", "id", "format", "aio", "cache", "ioeventfd", "queues", "queue-size", "poll-us"];
+pub const DISK_KEYS: [&str; 12] = [
+    "path",
+    "readonly",
+    "serial",
+    "id",
+    "format",
+    "aio",
+    "cache",
+    "ioeventfd",
+    "queues",
+    "queue-size",
+    "poll-us",
+    "discard",
+];
 
 /// What `--serial` can be connected to; the first two take a path.
 pub const SERIAL_KEYS: [&str; 5] = ["file", "socket", "stdio", "pty", "none"];
@@ -71,6 +83,7 @@ pub(super) fn disk(settings: &Settings) -> Result<DiskRequest, ConfigError> {
         queues: settings.value("queues", value::queues)?,
         queue_size: settings.value("queue-size", value::queue_size)?.unwrap_or(QUEUE_SIZE),
         poll: settings.value("poll-us", value::poll)?.unwrap_or_default(),
+        discard: choice(settings, "discard", &Discard::ALL, Discard::name)?,
         place: settings.place().clone(),
     })
 }

@@ -8,7 +8,9 @@ use block::engine::Aio;
 
 use super::list::Settings;
 use super::place::{ConfigError, Place};
-use super::{BootProtocol, DiskConfig, MemoryConfig, OnReboot, SerialConfig, StatsFormat, VmConfig, options, value};
+use super::{
+    BootProtocol, Discard, DiskConfig, MemoryConfig, OnReboot, SerialConfig, StatsFormat, VmConfig, options, value,
+};
 
 /// The settings that were written, each parsed; `None` where nothing was said. The meaning of each is at [`VmConfig`].
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -58,6 +60,8 @@ pub struct DiskRequest {
     pub ioeventfd: bool,
     /// See [`DiskConfig::queues`]; `None` for the default.
     pub queues: Option<u16>,
+    /// See [`DiskConfig::discard`].
+    pub discard: Discard,
     /// See [`DiskConfig::queue_size`].
     pub queue_size: u16,
     /// See [`DiskConfig::poll`].
@@ -170,9 +174,9 @@ fn disks(requests: Vec<DiskRequest>, cpus: u32) -> Result<Vec<DiskConfig>, Confi
                 .place
                 .error(format_args!("the id \"{id}\" belongs to {path}; choose another with id=")));
         }
-        let DiskRequest { path, serial, readonly, aio, cache, ioeventfd, queue_size, poll, .. } = request;
+        let DiskRequest { path, serial, readonly, aio, cache, ioeventfd, queue_size, poll, discard, .. } = request;
         let queues = request.queues.unwrap_or_else(|| cpus.min(super::DISK_QUEUES.into()) as u16);
-        disks.push(DiskConfig { path, id, serial, readonly, aio, cache, ioeventfd, queues, queue_size, poll });
+        disks.push(DiskConfig { path, id, serial, readonly, aio, cache, ioeventfd, queues, queue_size, poll, discard });
     }
     Ok(disks)
 }
@@ -207,6 +211,7 @@ mod tests {
             queues: 1,
             queue_size: 256,
             poll: Duration::ZERO,
+            discard: Discard::Unmap,
         }
     }
 
@@ -251,6 +256,7 @@ mod tests {
                     queues: 2,
                     queue_size: 1024,
                     poll: Duration::from_micros(32),
+                    discard: Discard::Ignore,
                 },
             ],
             serial: SerialConfig::File("console.log".into()),
@@ -270,7 +276,7 @@ mod tests {
             (
                 "disk",
                 "path=a,,b.img,id=data,serial=S 1,readonly=on,ioeventfd=off,format=raw,aio=native,cache=directsync,\
-                 queues=2,queue-size=1024,poll-us=32",
+                 queues=2,queue-size=1024,poll-us=32,discard=ignore",
             ),
             ("serial", "file=console.log"),
             ("debug-exit", "0xf4"),
@@ -326,6 +332,7 @@ mod tests {
                 "--disk x,format=qcow2: format=qcow2: this build offers format=raw; make a raw copy with \
                  \"qemu-img convert -O raw IMAGE COPY\"",
             ),
+            ("disk", "x,discard=on", "--disk x,discard=on: discard=on: no such discard; say unmap, ignore"),
             (
                 "disk",
                 "x,queues=0",

@@ -3,32 +3,35 @@
 
 use std::io;
 use std::ops::RangeInclusive;
-use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
-use block::cache::CacheMode;
-use block::disk::{Disk, SECTOR_SIZE};
+use block::disk::Disk;
 use block::engine::Aio;
 use thiserror::Error;
 use virtio_bindings::virtio_blk::{
-    VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_MQ, VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX,
-    VIRTIO_BLK_ID_BYTES,
+    VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_MQ,
+    VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_TOPOLOGY, VIRTIO_BLK_F_WRITE_ZEROES, VIRTIO_BLK_ID_BYTES,
 };
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
+use self::config::Config;
 use self::request::{Rules, Serial};
 use self::statistics::Statistics;
 use self::worker::{Context, QueueWorker};
+use self::write_cache::WriteCache;
 use super::device::{ActivateError, Activation, ActiveQueue, VirtioDevice};
 use super::queue::QueueError;
 use crate::log_limit::LogLimit;
 use crate::worker::Worker;
 
+mod config;
 mod polling;
 mod request;
 pub mod statistics;
 mod worker;
+mod write_cache;
 
 /// The most queues of a disk. Each that the driver enables has a thread and an engine.
 pub const MAX_QUEUES: u16 = 64;
@@ -43,9 +46,6 @@ pub const QUEUE_SIZE: u16 = 256;
 /// The longest a worker may look for work: it does not see that it is to stop meanwhile.
 pub const LONGEST_POLL: Duration = Duration::from_millis(10);
 
-/// `struct virtio_blk_config` (virtio 1.2, 5.2.4) up to `num_queues`; no feature that is offered defines more.
-const CONFIG_BYTES: usize = 36;
-
 /// How a disk shows itself.
 #[derive(Clone, Debug)]
 pub struct BlkOptions {
@@ -59,6 +59,8 @@ pub struct BlkOptions {
     pub queues: u16,
     /// Entries of each queue, at most: one of [`QUEUE_SIZES`].
     pub queue_size: u16,
+    /// The guest may give blocks back to the host: discard, and unmap what it zeroes.
+    pub unmap: bool,
     /// Where its requests are counted.
     pub statistics: Arc<Statistics>,
     /// How long a worker without work looks for some before it sleeps, up to [`LONGEST_POLL`]; it looks
@@ -74,6 +76,7 @@ impl Default for BlkOptions {
             aio: Aio::default(),
             queues: 1,
             queue_size: QUEUE_SIZE,
+            unmap: true,
             statistics: Arc::default(),
             poll: Duration::ZERO,
         }
@@ -103,6 +106,8 @@ pub struct Blk {
     aio: Aio,
     /// One size a queue, all the same.
     queue_sizes: Vec<u16>,
+    unmap: bool,
+    write_cache: Arc<WriteCache>,
     statistics: Arc<Statistics>,
     poll: Duration,
     workers: Vec<Worker<()>>,
@@ -118,6 +123,8 @@ impl Blk {
             *to = from;
         }
         Self {
+            write_cache: Arc::new(WriteCache::new(disk.cache())),
+            unmap: options.unmap && !disk.readonly(),
             disk,
             number: options.number,
             serial,
@@ -130,14 +137,25 @@ impl Blk {
         }
     }
 
+    /// For a driver with these features, before its workers start.
     fn rules(&self, features: u64) -> Rules {
-        let cache = self.disk.cache();
-        let can_flush = cache.has_write_cache() && features & 1 << VIRTIO_BLK_F_FLUSH != 0;
+        self.write_cache.begin(features);
         Rules {
             size: self.disk.size(),
             readonly: self.disk.readonly(),
-            durable: !can_flush && cache != CacheMode::Unsafe,
-            flush: cache.has_write_cache() && cache != CacheMode::Unsafe,
+            cache: self.write_cache.clone(),
+            features,
+            may_unmap: self.unmap,
+        }
+    }
+
+    fn switch_write_cache(&self, on: bool) {
+        if let Err(error) = self.write_cache.switch(on, &self.disk) {
+            let mut limit = self.log.lock().unwrap_or_else(PoisonError::into_inner);
+            if let Some(suppressed) = limit.allow(Instant::now()) {
+                let disk = self.disk.id();
+                tracing::warn!("disk {disk}: flushing failed: {error} ({suppressed} such lines not shown)");
+            }
         }
     }
 
@@ -160,10 +178,19 @@ impl VirtioDevice for Blk {
     }
 
     fn features(&self) -> u64 {
-        let readonly = u64::from(self.disk.readonly()) << VIRTIO_BLK_F_RO;
-        let flush = u64::from(self.disk.cache().has_write_cache()) << VIRTIO_BLK_F_FLUSH;
-        let multiqueue = u64::from(self.queue_sizes.len() > 1) << VIRTIO_BLK_F_MQ;
-        readonly | flush | multiqueue | 1 << VIRTIO_BLK_F_SEG_MAX | 1 << VIRTIO_BLK_F_BLK_SIZE
+        let features = [
+            (VIRTIO_BLK_F_SEG_MAX, true),
+            (VIRTIO_BLK_F_RO, self.disk.readonly()),
+            (VIRTIO_BLK_F_BLK_SIZE, true),
+            // In every cache mode, for a write cache that is off may be switched on (5.2.5.2).
+            (VIRTIO_BLK_F_FLUSH, true),
+            (VIRTIO_BLK_F_TOPOLOGY, true),
+            (VIRTIO_BLK_F_CONFIG_WCE, true),
+            (VIRTIO_BLK_F_MQ, self.queue_sizes.len() > 1),
+            (VIRTIO_BLK_F_DISCARD, self.unmap),
+            (VIRTIO_BLK_F_WRITE_ZEROES, !self.disk.readonly()),
+        ];
+        features.into_iter().fold(0, |bits, (feature, offered)| bits | u64::from(offered) << feature)
     }
 
     fn queue_sizes(&self) -> &[u16] {
@@ -171,13 +198,14 @@ impl VirtioDevice for Blk {
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
-        let mut config = [0; CONFIG_BYTES];
-        config[0..8].copy_from_slice(&(self.disk.size() / SECTOR_SIZE).to_le_bytes());
-        config[12..16].copy_from_slice(&self.seg_max().to_le_bytes());
-        config[20..24].copy_from_slice(&(SECTOR_SIZE as u32).to_le_bytes());
-        if self.queue_sizes.len() > 1 {
-            config[34..36].copy_from_slice(&(self.queue_sizes.len() as u16).to_le_bytes());
-        }
+        let config = Config {
+            disk: &self.disk,
+            seg_max: self.seg_max(),
+            queues: self.queue_sizes.len() as u16,
+            writeback: self.write_cache.is_on(),
+            unmap: self.unmap,
+        };
+        let config = config.bytes();
         let from = usize::try_from(offset).ok().and_then(|offset| config.get(offset..)).unwrap_or_default();
         data.fill(0);
         for (to, from) in data.iter_mut().zip(from) {
@@ -185,7 +213,13 @@ impl VirtioDevice for Blk {
         }
     }
 
-    fn write_config(&mut self, _offset: u64, _data: &[u8]) {}
+    /// Only `writeback` can be written. Switching the write cache off waits for the flush that belongs to it.
+    fn write_config(&mut self, offset: u64, data: &[u8]) {
+        let at = config::WRITEBACK.checked_sub(offset).and_then(|at| usize::try_from(at).ok());
+        if let Some(writeback) = at.and_then(|at| data.get(at)) {
+            self.switch_write_cache(*writeback != 0);
+        }
+    }
 
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
         let failed = |source| ActivateError { what: "starting a disk queue", source };
@@ -215,6 +249,7 @@ impl VirtioDevice for Blk {
     /// Also flushes the disk if the guest wrote to it and the cache mode flushes: each worker does when it stops.
     fn reset(&mut self) {
         self.workers.drain(..).for_each(Worker::stop);
+        self.write_cache.end();
     }
 }
 

@@ -1,40 +1,56 @@
 //! One virtio-blk request (virtio 1.2, 5.2.6): parsed and validated once, finished once. Runs on the queue's worker.
 
+use std::sync::Arc;
+
 use block::disk::SECTOR_SIZE;
-use block::engine::OpKind;
+use block::engine::{Op, OpKind};
 use virtio_bindings::virtio_blk::{
-    VIRTIO_BLK_ID_BYTES, VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_T_FLUSH,
-    VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT,
+    VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_WRITE_ZEROES, VIRTIO_BLK_ID_BYTES, VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK,
+    VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN,
+    VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES, VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP,
 };
 use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryMmap};
 
 use super::Broken;
+use super::config::{MAX_RANGE_SECTORS, MAX_RANGES};
+use super::write_cache::WriteCache;
 use crate::virtio::area;
 use crate::virtio::queue::{Chain, Segment};
 
 /// Bytes of `struct virtio_blk_req` before the data: type, reserved, sector.
 const HEADER_BYTES: usize = 16;
 
+/// Bytes of `struct virtio_blk_discard_write_zeroes`: sector, number of sectors, flags.
+const RANGE_BYTES: usize = 16;
+
 /// What the guest reads as serial number: NUL-padded.
 pub(super) type Serial = [u8; VIRTIO_BLK_ID_BYTES as usize];
 
-/// What decides whether a request is allowed. The same from activation to reset.
+/// What decides whether a request is allowed. But for the write cache the same from activation to reset.
 #[derive(Clone, Debug)]
 pub(super) struct Rules {
     /// Bytes of the disk.
     pub(super) size: u64,
     /// Writes are refused.
     pub(super) readonly: bool,
-    /// The driver cannot flush, so a write is complete only when it is stable (virtio 1.2, 5.2.6.2).
-    pub(super) durable: bool,
-    /// A flush does something; else it is answered at once.
-    pub(super) flush: bool,
+    /// When a write is complete, and whether a flush does something (virtio 1.2, 5.2.6.2).
+    pub(super) cache: Arc<WriteCache>,
+    /// What was negotiated.
+    pub(super) features: u64,
+    /// What is zeroed may be given back to the host, if the driver allows it.
+    pub(super) may_unmap: bool,
+}
+
+impl Rules {
+    fn has(&self, feature: u32) -> bool {
+        self.features & 1 << feature != 0
+    }
 }
 
 /// What a request asks for, validated.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Action {
-    /// Let the engine do this at this offset in bytes; the buffers are in the vector given to [`Request::parse`].
+    /// Let the engine do this at this offset in bytes; buffers or ranges are in the op given to [`Request::parse`].
     Transfer(OpKind, u64),
     /// Answer with the serial number; the buffers as above.
     Identify,
@@ -65,7 +81,7 @@ pub(super) struct Request {
 }
 
 impl Request {
-    /// Reads the header of `chain`, once, and fills `buffers` with its data. Descriptors may be cut anywhere: the
+    /// Reads the header of `chain`, once, and fills in what `op` works on: buffers, or ranges. Descriptors may be cut anywhere: the
     /// header is the first 16 device-readable bytes, the status the last device-writable byte (virtio 1.2, 2.7.4.1).
     ///
     /// # Errors
@@ -74,9 +90,10 @@ impl Request {
         chain: &Chain,
         memory: &GuestMemoryMmap,
         rules: &Rules,
-        buffers: &mut Vec<(GuestAddress, u32)>,
+        op: &mut Op,
     ) -> Result<(Self, Action), Broken> {
-        buffers.clear();
+        op.segments.clear();
+        op.ranges.clear();
         if !chain.segments.is_sorted_by_key(|segment| segment.writable) {
             return Err(Broken::Order(chain.head));
         }
@@ -84,19 +101,14 @@ impl Request {
         let status = writable.and_then(|segment| segment.address.checked_add(u64::from(segment.len) - 1));
         let mut request = Self { head: chain.head, status: status.ok_or(Broken::NoStatus(chain.head))?, data_in: 0 };
         let action = match read_header(&chain.segments, memory) {
-            Some(header) => request.validate(&header, &chain.segments, rules, buffers),
+            Some(header) => request.validate(&header, &chain.segments, rules, op),
             None => Action::Answer(Status::IoError),
         };
         Ok((request, action))
     }
 
-    fn validate(
-        &mut self,
-        header: &Header,
-        segments: &[Segment],
-        rules: &Rules,
-        buffers: &mut Vec<(GuestAddress, u32)>,
-    ) -> Action {
+    fn validate(&mut self, header: &Header, segments: &[Segment], rules: &Rules, op: &mut Op) -> Action {
+        let buffers = &mut op.segments;
         match header.kind {
             VIRTIO_BLK_T_IN => {
                 collect_writable(segments, buffers);
@@ -104,13 +116,19 @@ impl Request {
                 self.data_in = len;
                 Action::Transfer(OpKind::Read, offset)
             }
-            VIRTIO_BLK_T_OUT if rules.readonly => Action::Answer(Status::IoError),
+            VIRTIO_BLK_T_OUT | VIRTIO_BLK_T_DISCARD | VIRTIO_BLK_T_WRITE_ZEROES if rules.readonly => {
+                Action::Answer(Status::IoError)
+            }
             VIRTIO_BLK_T_OUT => {
                 collect_readable(segments, buffers);
                 let Some((offset, _)) = place(header, buffers, rules) else { return Action::Answer(Status::IoError) };
-                Action::Transfer(OpKind::Write { durable: rules.durable }, offset)
+                Action::Transfer(OpKind::Write { durable: rules.cache.is_durable() }, offset)
             }
-            VIRTIO_BLK_T_FLUSH if !rules.flush => Action::Answer(Status::Ok),
+            VIRTIO_BLK_T_DISCARD if rules.has(VIRTIO_BLK_F_DISCARD) => change(header.kind, segments, rules, op),
+            VIRTIO_BLK_T_WRITE_ZEROES if rules.has(VIRTIO_BLK_F_WRITE_ZEROES) => {
+                change(header.kind, segments, rules, op)
+            }
+            VIRTIO_BLK_T_FLUSH if !rules.cache.flushes() => Action::Answer(Status::Ok),
             VIRTIO_BLK_T_FLUSH => Action::Transfer(OpKind::Flush, 0),
             VIRTIO_BLK_T_GET_ID => {
                 collect_writable(segments, buffers);
@@ -199,4 +217,49 @@ fn place(header: &Header, buffers: &[(GuestAddress, u32)], rules: &Rules) -> Opt
     // the used ring counts too.
     let len = u32::try_from(len).ok()?;
     (on_disk && u64::from(len).is_multiple_of(SECTOR_SIZE)).then_some((offset, len))
+}
+
+/// What a request to discard or to zero asks for; fills in `op.ranges`.
+fn change(kind: u32, segments: &[Segment], rules: &Rules, op: &mut Op) -> Action {
+    // Not in the op, whose buffers are for data.
+    let mut bytes = [0; RANGE_BYTES * MAX_RANGES as usize];
+    let Some(bytes) = read_ranges(segments, &op.memory, &mut bytes) else { return Action::Answer(Status::IoError) };
+    let durable = rules.cache.is_durable();
+    let mut unmap = rules.may_unmap;
+    for range in bytes.chunks_exact(RANGE_BYTES) {
+        let number = |at: usize| u32::from_le_bytes([range[at], range[at + 1], range[at + 2], range[at + 3]]);
+        let (sector, sectors, flags) = (u64::from(number(4)) << 32 | u64::from(number(0)), number(8), number(12));
+        let known = if kind == VIRTIO_BLK_T_DISCARD { 0 } else { VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP };
+        if flags & !known != 0 {
+            return Action::Answer(Status::Unsupported);
+        }
+        let end = sector.checked_add(sectors.into()).and_then(|end| end.checked_mul(SECTOR_SIZE));
+        match end {
+            Some(end) if end <= rules.size && sectors <= MAX_RANGE_SECTORS => op.ranges.push(sector * SECTOR_SIZE..end),
+            _ => return Action::Answer(Status::IoError),
+        }
+        // One word for all of them: blocks are kept if some are to be.
+        unmap &= flags & VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP != 0;
+    }
+    let kind = match kind {
+        VIRTIO_BLK_T_DISCARD => OpKind::Discard { durable },
+        _ => OpKind::WriteZeroes { unmap, durable },
+    };
+    Action::Transfer(kind, op.ranges.first().map_or(0, |range| range.start))
+}
+
+/// Reads the ranges after the header into `bytes`, once; `None` if there are none, not whole ones, or too many.
+fn read_ranges<'a>(segments: &[Segment], memory: &GuestMemoryMmap, bytes: &'a mut [u8]) -> Option<&'a [u8]> {
+    let mut skip = HEADER_BYTES as u32;
+    let mut len = 0_usize;
+    for segment in segments.iter().filter(|segment| !segment.writable) {
+        let cut = skip.min(segment.len);
+        skip -= cut;
+        let count = (segment.len - cut) as usize;
+        let now = bytes.get_mut(len..len.checked_add(count)?)?;
+        // The header was read from the bytes that are cut, so this cannot wrap.
+        area::read(memory, segment.address.unchecked_add(u64::from(cut)), now).ok()?;
+        len += count;
+    }
+    (len > 0 && len.is_multiple_of(RANGE_BYTES)).then_some(&bytes[..len])
 }

@@ -104,7 +104,7 @@ impl QueueWorker {
             let _ = self.context.halt.write(1);
         }
         self.drain();
-        if self.wrote && self.context.rules.flush {
+        if self.wrote && self.context.rules.cache.flushes() {
             let flush = self.new_op();
             self.engine.push(flush, 0);
             self.drain();
@@ -174,7 +174,12 @@ impl QueueWorker {
         let mut completions = mem::take(&mut self.completions);
         self.engine.reap(&mut completions);
         let any = !completions.is_empty();
-        for Completion { tag, op, result } in completions.drain(..) {
+        for Completion { tag, mut op, result } in completions.drain(..) {
+            if result.is_ok() && self.is_late(&op) {
+                op.kind = OpKind::Flush;
+                self.engine.push(op, tag);
+                continue;
+            }
             let status = self.judge(&op, &result);
             self.record.completed(tag, result.is_err());
             self.spare.push(op);
@@ -184,6 +189,16 @@ impl QueueWorker {
         self.completions = completions;
         self.record.reaped();
         Ok(any)
+    }
+
+    /// Whether the driver switched the write cache off since this was given to the engine: then what was written must be
+    /// flushed before it is answered.
+    fn is_late(&self, op: &Op) -> bool {
+        let (OpKind::Write { durable } | OpKind::Discard { durable } | OpKind::WriteZeroes { durable, .. }) = op.kind
+        else {
+            return false;
+        };
+        !durable && self.context.rules.cache.is_durable()
     }
 
     /// Takes at most one ring's length of requests. Returns whether there were any.
@@ -200,11 +215,11 @@ impl QueueWorker {
             }
             let mut op = self.spare.pop().unwrap_or_else(|| self.new_op());
             let (mut request, action) =
-                Request::parse(&self.chain, &self.context.memory, &self.context.rules, &mut op.segments)?;
+                Request::parse(&self.chain, &self.context.memory, &self.context.rules, &mut op)?;
             let status = match action {
                 Action::Transfer(kind, offset) => {
                     (op.kind, op.offset) = (kind, offset);
-                    self.wrote |= matches!(kind, OpKind::Write { .. });
+                    self.wrote |= !matches!(kind, OpKind::Read | OpKind::Flush);
                     self.slots[usize::from(head)] = Some(request);
                     self.record.taken(head, Kind::of(action), length(&op));
                     self.engine.push(op, head);

@@ -13,7 +13,6 @@ use proptest::prelude::*;
 use proptest::strategy::ValueTree;
 use proptest::test_runner::TestRunner;
 
-use super::host::image_on_disk;
 use super::workers::context;
 use super::*;
 

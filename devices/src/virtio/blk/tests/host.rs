@@ -4,48 +4,7 @@ use std::fs;
 use std::io::Write;
 use std::process::Command;
 
-use block::engine::OpKind;
-
 use super::*;
-
-/// The table of cache modes: what is offered, what a write and a flush become. The columns of a driver that does not
-/// negotiate the flush it is offered come last.
-#[test]
-fn cache_modes_decide_what_is_offered_and_what_is_stable() {
-    use request::{Action, Request, Status};
-    let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 4096)]).unwrap();
-    let chain =
-        crate::virtio::queue::Chain { head: 0, segments: vec![readable(0, 16), readable(512, 512), writable(2048, 1)] };
-    let (flushes, nothing) = (Action::Transfer(OpKind::Flush, 0), Action::Answer(Status::Ok));
-    for (cache, offered, durable, flush, durable_without) in [
-        (CacheMode::Writeback, true, false, flushes, true),
-        (CacheMode::None, true, false, flushes, true),
-        (CacheMode::Writethrough, false, true, nothing, true),
-        (CacheMode::Directsync, false, true, nothing, true),
-        (CacheMode::Unsafe, true, false, nothing, false),
-    ] {
-        let blk = Image::new().open_as(false, None, cache, Aio::Threads);
-        assert_eq!(blk.features() & 1 << VIRTIO_BLK_F_FLUSH != 0, offered, "{cache:?}");
-        let action = |kind: u32, features| {
-            memory.write_obj(kind, GuestAddress(0)).unwrap();
-            let mut buffers = Vec::new();
-            Request::parse(&chain, &memory, &blk.rules(features), &mut buffers).unwrap().1
-        };
-        let write = |durable| Action::Transfer(OpKind::Write { durable }, 0);
-        let negotiated = if offered { PLAIN } else { WITHOUT_FLUSH };
-        assert_eq!(action(OUT, negotiated), write(durable), "{cache:?}");
-        assert_eq!(action(FLUSH, negotiated), flush, "{cache:?}");
-        assert_eq!(action(OUT, WITHOUT_FLUSH), write(durable_without), "{cache:?}");
-    }
-}
-
-/// An image in whole 4 KiB blocks where the build is: on a disk, so that it can be opened with O_DIRECT.
-pub(super) fn image_on_disk() -> Image {
-    let dir = TempDir::new_in(std::env::current_exe().unwrap().parent().unwrap()).unwrap();
-    let path = dir.path().join("disk.img");
-    fs::write(&path, vec![0; SECTORS as usize * 512]).unwrap();
-    Image { _dir: dir, path }
-}
 
 fn choices() -> impl Iterator<Item = (Aio, CacheMode)> {
     let all = Aio::ALL.into_iter().flat_map(|aio| CacheMode::ALL.map(|cache| (aio, cache)));

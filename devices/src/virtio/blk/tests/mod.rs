@@ -1,9 +1,10 @@
 //! The device as a driver sees it: through eventfds and guest memory.
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::os::fd::AsRawFd;
 use std::path::PathBuf;
 
+use block::cache::CacheMode;
 use tempfile::TempDir;
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
@@ -249,6 +250,15 @@ fn pattern(len: usize, seed: usize) -> Vec<u8> {
     (0..len).map(|n| ((n + seed) % 251) as u8).collect()
 }
 
+/// An image in whole 4 KiB blocks where the build is: on a disk, so that it can be opened with O_DIRECT.
+fn image_on_disk() -> Image {
+    let dir = TempDir::new_in(std::env::current_exe().unwrap().parent().unwrap()).unwrap();
+    let path = dir.path().join("disk.img");
+    fs::write(&path, vec![0; SECTORS as usize * 512]).unwrap();
+    Image { _dir: dir, path }
+}
+
+mod changes;
 mod config;
 mod crash;
 mod host;
@@ -257,3 +267,4 @@ mod requests;
 mod rings;
 mod statistics;
 mod workers;
+mod write_cache;

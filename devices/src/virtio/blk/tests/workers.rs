@@ -113,8 +113,17 @@ fn spawn(guest: &Guest, image: &Image, engine: Box<dyn Engine>) -> Worker<()> {
 }
 
 fn worker(guest: &Guest, image: &Image, engine: Box<dyn Engine>) -> QueueWorker {
+    worker_with(guest, image, engine, Arc::new(WriteCache::new(CacheMode::Writeback)))
+}
+
+pub(super) fn worker_with(
+    guest: &Guest,
+    image: &Image,
+    engine: Box<dyn Engine>,
+    cache: Arc<WriteCache>,
+) -> QueueWorker {
     let disk = Arc::new(Disk::open(&image.path, false, CacheMode::Writeback, "disk0").unwrap());
-    let rules = Rules { size: disk.size(), readonly: false, durable: false, flush: true };
+    let rules = Rules { size: disk.size(), readonly: false, cache, features: guest.features, may_unmap: true };
     QueueWorker::new(context(guest, disk, rules), guest.queue(), engine).unwrap()
 }
 
