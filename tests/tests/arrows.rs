@@ -6,7 +6,7 @@ use cargo_metadata::{DependencyKind, Metadata, MetadataCommand};
 
 /// Our crates and those of ours that each may use.
 const ARROWS: [(&str, &[&str]); 6] = [
-    ("skiff", &["devices", "boot", "block"]),
+    ("skiff", &["devices", "boot", "block", "guest"]),
     ("devices", &["block"]),
     ("block", &[]),
     ("boot", &[]),

@@ -1,5 +1,6 @@
 //! skiff: a small KVM virtual machine monitor.
 
+pub mod bench;
 pub mod builder;
 pub mod config;
 pub mod console;

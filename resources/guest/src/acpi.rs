@@ -102,6 +102,11 @@ fn read_unaligned(memory: Mmio, offset: u64, bytes: u64) -> u64 {
 }
 
 impl Tables {
+    /// What is known of a machine whose tables do not say where its configuration space is.
+    pub(crate) fn none(ecam: u64) -> Self {
+        Self { ecam, windows: [Window { start: 0, bytes: 0 }; 4], poweroff: None, reset: None }
+    }
+
     /// Follows the RSDP that the loader named, and verifies the checksum of every table.
     pub(crate) fn find(boot: &Boot) -> Outcome<Self> {
         let root = root(boot)?;

@@ -42,7 +42,8 @@ extern "C" fn guest_main(start_info: u64) -> ! {
     report::set_exit_port(boot.command_line.number("exit_port", 0x501) as u16);
     println!("# skiff guest: {}", boot.command_line.text);
     memory::init(&boot);
-    match acpi::Tables::find(&boot) {
+    let ecam = boot.command_line.value("ecam").map(|_| boot.command_line.number("ecam", 0));
+    match ecam.map_or_else(|| acpi::Tables::find(&boot), |ecam| Ok(acpi::Tables::none(ecam))) {
         Ok(acpi) => {
             let machine = Machine { command_line: boot.command_line, acpi };
             if boot.command_line.has("bench") { bench::run(&machine) } else { checks::run(&machine) }

@@ -100,6 +100,16 @@ impl Function {
         command
     }
 
+    /// Puts the BARs that no firmware has placed one behind the other from `start` on.
+    pub(crate) fn place_bars(self, mut start: u64) {
+        for bar in self.bars().filter(|bar| bar.address() == 0) {
+            let size = bar.size();
+            start = start.next_multiple_of(size);
+            bar.set_address(start);
+            start += size;
+        }
+    }
+
     /// Its memory BARs.
     pub(crate) fn bars(self) -> impl Iterator<Item = Bar> {
         let registers = match self.read::<u8>(HEADER_TYPE) & 0x7f {

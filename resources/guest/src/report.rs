@@ -63,9 +63,9 @@ impl Write for Com1 {
     }
 }
 
-/// Sets COM1 to 115200 baud, 8 bits, FIFO on, no interrupts.
+/// Sets COM1 to 115200 baud, 8 bits, FIFO on, no interrupts; asks for input (DTR, RTS).
 pub(crate) fn init() {
-    for (register, value) in [(1, 0), (3, 0x80), (0, 1), (1, 0), (3, 3), (2, 7)] {
+    for (register, value) in [(1, 0), (3, 0x80), (0, 1), (1, 0), (3, 3), (2, 7), (4, 3)] {
         port_out::<u8>(COM1 + register, value);
     }
 }

@@ -1,6 +1,7 @@
 //! The command line. Flags become a request here, errors become one line on stderr and an exit code. Runs on the main
 //! thread.
 
+mod bench;
 mod completions;
 mod doctor;
 mod log;
@@ -29,6 +30,7 @@ struct Cli {
 #[derive(Debug, Subcommand)]
 enum Command {
     Run(Box<run::RunArgs>),
+    Bench(Box<bench::BenchArgs>),
     Doctor(doctor::DoctorArgs),
     Completions(completions::CompletionsArgs),
     Man(man::ManArgs),
@@ -41,6 +43,8 @@ Examples:
         --cmdline \"console=ttyS0 root=/dev/vda rw\" --cpus 2 --memory 1G
   The same machine from a file, with more memory:
     skiff run --config vm.toml --memory 4G
+  Which engine is the fastest for disks in this folder:
+    skiff bench --dir /var/lib/images
   Check whether this host can run virtual machines:
     skiff doctor";
 
@@ -86,6 +90,7 @@ fn command(cli: Cli) -> Result<u8, Failure> {
     cli.log.start()?;
     match cli.command {
         Command::Run(args) => args.run(),
+        Command::Bench(args) => args.run(),
         Command::Doctor(args) => args.run(),
         Command::Completions(args) => args.run(),
         Command::Man(args) => args.run(),
@@ -157,7 +162,7 @@ mod tests {
             ("runn", "unrecognized subcommand 'runn'; a similar subcommand exists: 'run'; see --help"),
             (
                 "",
-                "'skiff' requires a subcommand but one was not provided; [subcommands: run, doctor, completions, man, help]; \
+                "'skiff' requires a subcommand but one was not provided; [subcommands: run, bench, doctor, completions, man, help]; \
                  see --help",
             ),
             ("completions", "the following required arguments were not provided: <SHELL>; see --help"),

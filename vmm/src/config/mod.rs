@@ -23,7 +23,7 @@ pub use file::{KEYS, to_toml};
 pub use options::{DISK_KEYS, MEMORY_KEYS, SERIAL_KEYS};
 pub use place::{ConfigError, Place};
 pub use request::{DiskRequest, Request};
-pub use value::format_size;
+pub use value::{format_size, size as parse_size};
 
 /// The port of isa-debug-exit when none is named: QEMU's default.
 pub const DEBUG_EXIT_PORT: u16 = 0x501;

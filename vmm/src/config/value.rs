@@ -11,7 +11,10 @@ const UNITS: [(char, u32); 4] = [('K', 10), ('M', 20), ('G', 30), ('T', 40)];
 
 /// Bytes of a size such as `512M`, `2G` or `1.5G`; the units are K, M, G and T, powers of 1024. A bare number is refused:
 /// QEMU takes it for MiB, most other tools for bytes.
-pub(super) fn size(text: &str) -> Result<u64, String> {
+///
+/// # Errors
+/// What is wrong and what to write instead.
+pub fn size(text: &str) -> Result<u64, String> {
     let unit = text.chars().last().and_then(|last| UNITS.iter().find(|unit| unit.0 == last.to_ascii_uppercase()));
     let Some(&(_, shift)) = unit else {
         return Err(if !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit()) {

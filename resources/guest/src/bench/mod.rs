@@ -8,7 +8,7 @@ use core::fmt;
 use lane::{Done, End, Lane};
 
 use crate::Machine;
-use crate::blk::F_READ_ONLY;
+use crate::blk::{F_FLUSH, F_READ_ONLY};
 use crate::boot::CommandLine;
 use crate::checks::msix;
 use crate::cpu::{self, Mmio};
@@ -109,8 +109,11 @@ struct Bench {
 impl Bench {
     fn new(machine: &Machine, plan: Plan) -> Outcome<Self> {
         let function = machine.disk()?;
+        if machine.command_line.value("bars").is_some() {
+            function.place_bars(machine.command_line.number("bars", 0));
+        }
         let device = Device::find(function)?;
-        let features = F_EVENT_IDX | F_INDIRECT_DESC | F_READ_ONLY | if plan.queues > 1 { F_MQ } else { 0 };
+        let features = F_EVENT_IDX | F_INDIRECT_DESC | F_READ_ONLY | F_FLUSH | if plan.queues > 1 { F_MQ } else { 0 };
         let vectors = if plan.polled { None } else { Some(msix::direct_both(machine)?) };
         let options = Options { features, vectors, queue_size: plan.depth.next_power_of_two() };
         let features = device.begin(&options)?;
@@ -216,7 +219,7 @@ impl Bench {
     fn count(&mut self, done: &Done) {
         if !done.again && (self.begin..=self.end).contains(&done.ended) {
             self.tally.add(done);
-            self.tally.ticks = done.ended - self.begin;
+            self.tally.ticks = self.plan.runtime.unwrap_or(done.ended - self.begin);
         }
         match done.end {
             End::Good => {}

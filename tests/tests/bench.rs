@@ -1,0 +1,253 @@
+//! `skiff bench` as a user meets it: small runs on scratch files. No figure is judged.
+
+use std::fs;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+use std::thread;
+use std::time::Duration;
+
+use serde_json::Value;
+use tempfile::TempDir;
+use tests::assets;
+
+/// A folder where the build is, because a temporary one may be in memory, without O_DIRECT.
+fn scratch() -> TempDir {
+    let test = std::env::current_exe().expect("a test has a path");
+    TempDir::new_in(test.parent().expect("and a folder")).expect("a scratch directory")
+}
+
+fn bench(words: &[&str]) -> Command {
+    let mut command = Command::new(assets::skiff());
+    command.arg("bench").args(words);
+    command
+}
+
+/// The exit code, and what it said on stderr.
+fn outcome(output: &Output) -> (Option<i32>, String) {
+    (output.status.code(), String::from_utf8_lossy(&output.stderr).into_owned())
+}
+
+/// Whether there is a KVM; says so where not.
+fn kvm(test: &str) -> bool {
+    let opened = fs::File::options().read(true).write(true).open("/dev/kvm");
+    if let Err(error) = &opened {
+        let _ = writeln!(std::io::stderr(), "SKIPPED bench::{test}: /dev/kvm: {error}");
+    }
+    opened.is_ok()
+}
+
+fn small(folder: &Path) -> Vec<String> {
+    let words = format!("--dir {} --size 4M --runtime 0.1 --repeat 1", folder.display());
+    words.split(' ').map(str::to_owned).collect()
+}
+
+/// Why a measurement of a tenth of a second may fail on a host that is busy with other things.
+const BUSY: &str = "no request completed";
+
+/// Runs with `words` after those of [`small`], and `--json`; the report.
+fn report(folder: &Path, words: &str) -> (Value, String) {
+    let json = folder.join("report.json");
+    let small = small(folder);
+    let mut all: Vec<&str> = small.iter().map(String::as_str).chain(words.split_ascii_whitespace()).collect();
+    all.extend(["--json", json.to_str().expect("UTF-8")]);
+    let output = bench(&all).output().expect("skiff starts");
+    let text = String::from_utf8(output.stdout.clone()).expect("UTF-8");
+    let report: Value = serde_json::from_slice(&fs::read(&json).expect("the report")).expect("JSON");
+    let errors: Vec<_> = cells(&report).iter().flat_map(|cell| cell["errors"].as_array().expect("errors")).collect();
+    assert!(errors.iter().all(|error| error.as_str().is_some_and(|line| line.contains(BUSY))), "{errors:?}");
+    assert_eq!(outcome(&output), (Some(i32::from(!errors.is_empty())), String::new()), "{text}");
+    fs::remove_file(json).expect("the report is removed");
+    assert_eq!(fs::read_dir(folder).expect("the folder").count(), 0, "nothing else is left");
+    (report, text)
+}
+
+fn cells(report: &Value) -> &Vec<Value> {
+    report["cells"].as_array().expect("cells")
+}
+
+/// The samples of `subject`; none only where something else kept the host busy.
+fn samples<'a>(report: &'a Value, subject: &str) -> Vec<&'a Value> {
+    let whole = |cell: &&Value| cell["errors"].as_array().is_some_and(Vec::is_empty);
+    let samples: Vec<_> = cells(report).iter().filter(whole).map(|cell| &cell["rounds"][0][subject]).collect();
+    assert!(samples.len() * 2 > cells(report).len(), "most cells are measured");
+    samples
+}
+
+#[test]
+fn every_engine_is_measured_with_its_yardstick() {
+    if !kvm("every_engine_is_measured_with_its_yardstick") {
+        return;
+    }
+    let folder = scratch();
+    let (report, text) =
+        report(folder.path(), "--depths 8 --rw randread,randwrite --content written,hole,preallocated");
+    assert_eq!((&report["complete"], &report["schema"]), (&Value::Bool(true), &Value::from(1)));
+    // Three engines in two cache modes, less native through the page cache.
+    assert_eq!(cells(&report).len(), 5 * 2 * 3);
+    for subject in ["skiff", "host"] {
+        for sample in samples(&report, subject) {
+            let number = |key: &str| sample[key].as_f64().unwrap_or_else(|| panic!("{key} in {sample}"));
+            assert!(number("requests") > 0.0 && number("io_us") > 0.0, "{sample}");
+            assert!((number("bytes_per_second") - 4096.0 * number("iops")).abs() < 1.0, "{sample}");
+            assert!((number("iops") * number("seconds") - number("requests")).abs() < 1.0, "{sample}");
+            assert!((number("seconds") - 0.1).abs() < 0.001, "{sample}");
+            let latency =
+                ["min", "p50", "p99", "p999", "max"].map(|key| sample["latency_us"][key].as_f64().expect(key));
+            assert!(latency.is_sorted() && latency[0] > 0.0, "{sample}");
+        }
+    }
+    for rw in ["randread", "randwrite"] {
+        for content in ["written", "hole", "preallocated"] {
+            assert_eq!(text.matches(&format!("\n{content} file, {rw} 4k, depth 8\n")).count(), 1, "{text}");
+        }
+    }
+}
+
+#[test]
+fn queues_and_doorbells() {
+    if !kvm("queues_and_doorbells") {
+        return;
+    }
+    let folder = scratch();
+    let words =
+        "--engines io_uring --cache none --depths 4 --queues 1,3 --ioeventfd on,off --vs none --bs 512,64K --rw read";
+    let (report, _) = report(folder.path(), words);
+    assert_eq!(cells(&report).len(), 8);
+    assert!(samples(&report, "skiff").iter().all(|sample| sample["kicks"].as_f64().is_some_and(|kicks| kicks > 0.0)));
+}
+
+/// An image of the user's is read, and as it was afterwards; with --destructive it is written.
+#[test]
+fn an_image_of_the_users() {
+    if !kvm("an_image_of_the_users") {
+        return;
+    }
+    let folder = scratch();
+    let image = folder.path().join("image.img");
+    fs::write(&image, vec![7; 1 << 20]).expect("the image");
+    let words = ["--disk", image.to_str().expect("UTF-8"), "--runtime", "0.5", "--repeat", "1", "--engines", "threads"];
+    let run = |more: &[&str]| bench(&[&words, more].concat()).output().expect("skiff starts");
+    assert_eq!(run(&[]).status.code(), Some(0));
+    let (code, line) = outcome(&run(&["--rw", "randwrite"]));
+    assert_eq!(code, Some(2));
+    assert!(line.contains("--destructive"), "{line}");
+    assert!(fs::read(&image).expect("the image") == vec![7; 1 << 20], "it was written to");
+    assert_eq!(run(&["--rw", "randwrite", "--destructive"]).status.code(), Some(0));
+    assert!(fs::read(&image).expect("the image") != vec![7; 1 << 20], "it was not written to");
+}
+
+/// The children of a process.
+fn children(process: u32) -> Vec<u32> {
+    let text = fs::read_to_string(format!("/proc/{process}/task/{process}/children")).unwrap_or_default();
+    text.split_ascii_whitespace().filter_map(|word| word.parse().ok()).collect()
+}
+
+#[test]
+fn an_interrupt_ends_it_with_what_there_is() {
+    if !kvm("an_interrupt_ends_it_with_what_there_is") {
+        return;
+    }
+    let folder = scratch();
+    let json = folder.path().join("partial.json");
+    let mut words = small(folder.path());
+    let more = ["--repeat=90", "--vs=none", "--engines=threads", "--json", json.to_str().expect("UTF-8")];
+    words.retain(|word| word != "--repeat" && word != "1");
+    let mut command = bench(&words.iter().map(String::as_str).chain(more).collect::<Vec<_>>());
+    let bench = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("skiff starts");
+    let mut seen = Vec::new();
+    // Until the third machine runs.
+    while seen.len() < 3 {
+        seen.extend(children(bench.id()).into_iter().filter(|child| !seen.contains(child)).collect::<Vec<_>>());
+        thread::sleep(Duration::from_millis(5));
+    }
+    let killed = Command::new("kill").args(["-INT", &bench.id().to_string()]).status().expect("kill");
+    assert!(killed.success());
+    let output = bench.wait_with_output().expect("it ends");
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert_eq!(outcome(&output), (Some(1), String::new()), "{text}");
+    assert!(text.contains("INTERRUPTED") && text.contains("threads"), "{text}");
+    let report: Value = serde_json::from_slice(&fs::read(&json).expect("the report")).expect("JSON");
+    assert_eq!(report["complete"], false);
+    assert!(report["cells"][0]["rounds"].as_array().is_some_and(|rounds| rounds.len() < 90));
+    fs::remove_file(json).expect("the report is removed");
+    assert_eq!(fs::read_dir(folder.path()).expect("the folder").count(), 0, "nothing is left");
+    for child in seen {
+        assert!(!PathBuf::from(format!("/proc/{child}/exe")).exists(), "{child} is left");
+    }
+}
+
+/// Runs `script` as root of a mount namespace of its own; nothing where that is not allowed.
+fn apart(test: &str, script: &str) -> Option<Output> {
+    let unshare = |script: &str| {
+        Command::new("unshare").args(["--user", "--map-root-user", "--mount", "sh", "-c", script]).output()
+    };
+    if !unshare("mount -t tmpfs none /mnt").is_ok_and(|output| output.status.success()) {
+        let _ = writeln!(std::io::stderr(), "SKIPPED bench::{test}: no mount namespace here");
+        return None;
+    }
+    Some(unshare(script).expect("unshare"))
+}
+
+#[test]
+fn a_full_disk_is_told_before_anything_runs() {
+    let test = "a_full_disk_is_told_before_anything_runs";
+    if !kvm(test) {
+        return;
+    }
+    let skiff = assets::skiff();
+    let script = format!(
+        "mount -t tmpfs -o size=8M none /mnt && {} bench --dir /mnt --size 64M; code=$?; ls -A /mnt; df --output=used /mnt | tail -n1; exit $code",
+        skiff.display()
+    );
+    let Some(output) = apart(test, &script) else { return };
+    let (code, line) = outcome(&output);
+    assert_eq!(code, Some(1), "{line}");
+    assert_eq!(line, "skiff: --dir /mnt: a written file of 64M: no room; name a smaller --size or another folder\n");
+    assert_eq!(String::from_utf8_lossy(&output.stdout).trim(), "0", "nothing is left");
+}
+
+#[test]
+fn a_host_without_kvm() {
+    let script = format!("mount --bind /dev/null /dev/kvm && exec {} bench --size 4M", assets::skiff().display());
+    if !Path::new("/dev/kvm").exists() {
+        let (code, line) = outcome(&bench(&["--size", "4M"]).output().expect("skiff starts"));
+        assert_eq!((code, line.contains("/dev/kvm: no such device")), (Some(1), true), "{line}");
+        return;
+    }
+    let Some(output) = apart("a_host_without_kvm", &script) else { return };
+    let (code, line) = outcome(&output);
+    assert_eq!(code, Some(1), "{line}");
+    assert!(line.starts_with("skiff: /dev/kvm: ") && line.lines().count() == 1, "{line}");
+}
+
+#[test]
+fn qemu_is_measured_with_the_same_guest() {
+    let name = "qemu_is_measured_with_the_same_guest";
+    if !kvm(name) {
+        return;
+    }
+    if Command::new("qemu-system-x86_64").arg("--version").stdout(Stdio::null()).status().is_err() {
+        let _ = writeln!(std::io::stderr(), "SKIPPED bench::{name}: qemu-system-x86_64 is not installed");
+        return;
+    }
+    let folder = scratch();
+    let words = "--vs qemu --engines io_uring,threads --cache none,directsync --depths 4 --queues 1,2 --rw randrw";
+    let (report, text) = report(folder.path(), words);
+    assert!(report["manifest"]["qemu"].as_str().is_some_and(|version| version.starts_with("QEMU emulator version")));
+    for sample in samples(&report, "qemu") {
+        assert!(sample["requests"].as_f64().is_some_and(|requests| requests > 0.0), "{sample}");
+    }
+    assert!(text.contains("/ qemu"), "{text}");
+}
+
+#[test]
+fn qemu_that_is_not_installed() {
+    if !kvm("qemu_that_is_not_installed") {
+        return;
+    }
+    let output = bench(&["--vs", "qemu", "--size", "4M"]).env("PATH", "/nonexistent").output().expect("skiff starts");
+    let (code, line) = outcome(&output);
+    assert_eq!(code, Some(1), "{line}");
+    assert!(line.starts_with("skiff: --vs qemu: there is no qemu-system-x86_64; install it"), "{line}");
+}

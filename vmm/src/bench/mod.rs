@@ -1,0 +1,294 @@
+//! `skiff bench`: how fast this host's disks are through each engine and cache mode, beside the same engine without a
+//! machine and the same guest under QEMU. The work is done by the bare-metal guest, which the binary carries along, in
+//! child processes; all else runs on the main thread.
+//!
+//! Measurements of one cell stand next to each other in time, and each round has its own order: what disturbs the host
+//! disturbs all that are compared. docs/bench.md describes the JSON form of the results.
+
+mod host;
+mod image;
+mod machine;
+mod manifest;
+mod plan;
+mod sample;
+mod stats;
+mod table;
+mod usage;
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, bail, ensure};
+use guest::workload::pattern;
+use serde::Serialize;
+
+pub use manifest::Manifest;
+pub use plan::{Axes, Cell, Content, Place, Plan, Subject, Way, Work};
+pub use sample::{Latency, Sample};
+pub use stats::{Middle, NOISE};
+
+use image::{Image, Nameless};
+use machine::{Machines, Timing};
+
+/// The version of the JSON form.
+const SCHEMA: u32 = 1;
+
+/// How far a run is, for whoever waits.
+#[derive(Debug)]
+pub struct Progress<'a> {
+    /// Measurements that are over.
+    pub done: usize,
+    /// Measurements in all.
+    pub total: usize,
+    /// Since the first began.
+    pub elapsed: Duration,
+    /// The one that begins; `None` while the disk is prepared.
+    pub next: Option<(&'a Cell, Subject)>,
+}
+
+/// One cell and its measurements.
+#[derive(Clone, Debug, Serialize)]
+pub struct Measured {
+    /// What was measured.
+    #[serde(flatten)]
+    pub cell: Cell,
+    /// Who reached what, round by round; who failed is not in it.
+    pub rounds: Vec<BTreeMap<Subject, Sample>>,
+    /// What went wrong, once each.
+    pub errors: Vec<String>,
+    /// The rounds summed up, for each who was measured.
+    pub summary: BTreeMap<Subject, Summary>,
+}
+
+/// What the rounds of one subject come to.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct Summary {
+    /// Requests per second.
+    pub iops: Middle,
+    /// Skiff's requests per second as a part of this subject's, round by round.
+    pub ratio: Option<Middle>,
+    /// Medians of the samples' fields of the same names.
+    pub p50_us: f64,
+    /// See `p50_us`.
+    pub p99_us: f64,
+    /// See `p50_us`.
+    pub vcpu_us: Option<f64>,
+    /// See `p50_us`.
+    pub io_us: f64,
+    /// See `p50_us`.
+    pub io_switches: f64,
+    /// See `p50_us`.
+    pub kicks: Option<f64>,
+    /// `iops` lie too far apart to say anything.
+    pub noise: bool,
+}
+
+impl Measured {
+    fn new(cell: Cell) -> Self {
+        Self { cell, rounds: Vec::new(), errors: Vec::new(), summary: BTreeMap::new() }
+    }
+
+    fn sum_up(&mut self) {
+        for subject in [Subject::Skiff, Subject::Host, Subject::Qemu] {
+            if let Some(summary) = self.summary_of(subject) {
+                self.summary.insert(subject, summary);
+            }
+        }
+    }
+
+    fn summary_of(&self, subject: Subject) -> Option<Summary> {
+        let samples = || self.rounds.iter().filter_map(|round| round.get(&subject));
+        let median = |field: fn(&Sample) -> Option<f64>| Middle::of(samples().filter_map(field)).map(|of| of.median);
+        let always = |field: fn(&Sample) -> Option<f64>| median(field).unwrap_or_default();
+        let iops = Middle::of(samples().map(|sample| sample.iops))?;
+        let ratios = self.rounds.iter().filter_map(|round| {
+            let (ours, theirs) = (round.get(&Subject::Skiff)?, round.get(&subject)?);
+            Some(ours.iops / theirs.iops)
+        });
+        Some(Summary {
+            iops,
+            ratio: if subject == Subject::Skiff { None } else { Middle::of(ratios) },
+            p50_us: always(|sample| Some(sample.latency_us.p50)),
+            p99_us: always(|sample| Some(sample.latency_us.p99)),
+            vcpu_us: median(|sample| sample.vcpu_us),
+            io_us: always(|sample| Some(sample.io_us)),
+            io_switches: always(|sample| Some(sample.io_switches)),
+            kicks: median(|sample| sample.kicks),
+            noise: iops.is_noise(),
+        })
+    }
+}
+
+/// The results of a run. Displayed as tables for a person.
+#[derive(Clone, Debug, Serialize)]
+pub struct Results {
+    schema: u32,
+    /// Whether every measurement was made: nobody interrupted the run.
+    pub complete: bool,
+    /// Where and how.
+    pub manifest: Manifest,
+    /// The cells, those of one kind of work together.
+    pub cells: Vec<Measured>,
+}
+
+impl Results {
+    /// The results as JSON.
+    ///
+    /// # Panics
+    /// Never: texts and finite numbers have a JSON form.
+    pub fn to_json(&self) -> String {
+        serde_json::to_string_pretty(self).expect("texts and numbers have a JSON form")
+    }
+}
+
+/// Measures what `plan` says, until the end or until `stop` becomes true; whatever was measured by then is returned. A cell
+/// that fails does not keep others from being measured.
+///
+/// # Errors
+/// When it cannot begin: no KVM, an engine that the host lacks, no room for the disk, no QEMU where it is asked for.
+pub fn run(plan: &Plan, stop: &AtomicBool, mut progress: impl FnMut(&Progress)) -> anyhow::Result<Results> {
+    let tsc_khz = tsc_khz()?;
+    let manifest = Manifest::new(plan);
+    for aio in &plan.axes.engines {
+        aio.probe()?;
+    }
+    if plan.against.contains(&Subject::Qemu) {
+        find_qemu()?;
+    }
+    let mut report = Progress { done: 0, total: plan.measurements(), elapsed: Duration::ZERO, next: None };
+    progress(&report);
+    let images = prepare(plan, stop)?;
+    let guest = Nameless::new(plan.place.folder())?;
+    guest.write_all(guest::ELF).context("--dir: the guest has no room there")?;
+    let timing = Timing { warm_up: plan.warm_up, runtime: plan.runtime };
+    let machines = Machines { guest: guest.path(), tsc_khz, timing, seed: plan.seed, stop };
+    let mut cells: Vec<Measured> = plan.axes.cells().into_iter().map(Measured::new).collect();
+    let start = Instant::now();
+    'all: for round in 0..plan.repeat {
+        for index in shuffled(cells.len(), plan.seed.wrapping_add(round.into())) {
+            let measured = &mut cells[index];
+            let image = &images[&measured.cell.work.content];
+            let mut samples = BTreeMap::new();
+            let subjects = plan.subjects();
+            let turn = plan.seed.wrapping_add(u64::from(round) << 32 | index as u64);
+            for subject in shuffled(subjects.len(), turn).into_iter().map(|at| subjects[at]) {
+                if stop.load(Ordering::Relaxed) {
+                    break 'all;
+                }
+                let cell = measured.cell;
+                progress(&Progress { elapsed: start.elapsed(), next: Some((&cell, subject)), ..report });
+                match measure(&machines, subject, &cell, image) {
+                    Ok(sample) => _ = samples.insert(subject, sample),
+                    Err(_) if stop.load(Ordering::Relaxed) => {}
+                    Err(error) => {
+                        let error = format!("{error:#}");
+                        if !measured.errors.contains(&error) {
+                            measured.errors.push(error);
+                        }
+                    }
+                }
+                report.done += 1;
+            }
+            measured.rounds.push(samples);
+        }
+    }
+    cells.iter_mut().for_each(Measured::sum_up);
+    Ok(Results { schema: SCHEMA, complete: !stop.load(Ordering::Relaxed), manifest, cells })
+}
+
+/// The disks of the plan, by content.
+fn prepare(plan: &Plan, stop: &AtomicBool) -> anyhow::Result<BTreeMap<Content, Image>> {
+    match &plan.place {
+        Place::Given(path) => Ok(BTreeMap::from([(Content::Given, Image::Given(path.clone()))])),
+        Place::Own(folder, size) => {
+            let make = |&content| Ok((content, Image::make(folder, *size, content, stop)?));
+            plan.axes.contents.iter().map(make).collect()
+        }
+    }
+}
+
+fn measure(machines: &Machines<'_>, subject: Subject, cell: &Cell, image: &Image) -> anyhow::Result<Sample> {
+    let path = image.path();
+    let sample = match subject {
+        Subject::Host => host::run(cell, &path, &machines.timing, machines.seed)
+            .with_context(|| format!("{} on the host", machine::describe(cell))),
+        Subject::Skiff | Subject::Qemu => machines.run(subject, cell, &path),
+    };
+    if cell.work.rw.writes() {
+        image.restore().context("the disk cannot be put back as it was")?;
+    }
+    let sample = sample?;
+    ensure!(
+        sample.requests > 0,
+        "{} under {}: no request completed in {} s; give it a longer --runtime",
+        machine::describe(cell),
+        subject.name(),
+        sample.seconds
+    );
+    Ok(sample)
+}
+
+/// The rate of a guest's TSC, which KVM knows.
+fn tsc_khz() -> anyhow::Result<u32> {
+    let kvm = crate::kvm::open()?;
+    let rate = kvm.create_vm().and_then(|vm| vm.create_vcpu(0)).and_then(|vcpu| vcpu.get_tsc_khz());
+    let rate = rate.context("/dev/kvm: KVM does not tell the rate of the TSC")?;
+    ensure!(rate > 0, "/dev/kvm: KVM does not know the rate of the TSC");
+    Ok(rate)
+}
+
+fn find_qemu() -> anyhow::Result<()> {
+    let found = Command::new(machine::QEMU).arg("--version").stdout(Stdio::null()).stderr(Stdio::null()).status();
+    if !found.is_ok_and(|status| status.success()) {
+        bail!(
+            "--vs qemu: there is no {}; install it (apt-get install qemu-system-x86) or leave qemu out",
+            machine::QEMU
+        );
+    }
+    Ok(())
+}
+
+/// The numbers below `count` in an order that follows from `seed` (Fisher and Yates).
+fn shuffled(count: usize, seed: u64) -> Vec<usize> {
+    let mut order: Vec<usize> = (0..count).collect();
+    for last in (1..count).rev() {
+        let other = (u128::from(pattern(seed, last as u64)) * (last as u128 + 1)) >> 64;
+        order.swap(last, other as usize);
+    }
+    order
+}
+
+impl Place {
+    /// Where the guest's image is put: by the disk, or where temporary files go.
+    fn folder(&self) -> &Path {
+        match self {
+            Self::Given(_) => Path::new("/tmp"),
+            Self::Own(folder, _) => folder,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn shuffling_keeps_all(count in 0..100_usize, seed: u64) {
+            let mut order = shuffled(count, seed);
+            prop_assert_eq!(&order, &shuffled(count, seed));
+            order.sort_unstable();
+            prop_assert_eq!(order, (0..count).collect::<Vec<_>>());
+        }
+    }
+
+    #[test]
+    fn every_order_comes_up() {
+        let orders: std::collections::HashSet<_> = (0..200).map(|seed| shuffled(3, seed)).collect();
+        assert_eq!(orders.len(), 6);
+    }
+}

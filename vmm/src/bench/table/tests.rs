@@ -1,0 +1,132 @@
+//! A report from fixed figures.
+
+use super::*;
+use crate::bench::plan::{Cell, Place, Plan, Way};
+use crate::bench::{Axes, Latency, Manifest, Sample};
+use block::cache::CacheMode;
+use block::engine::Aio;
+use guest::workload::Mix;
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+fn sample(iops: f64, vcpu: bool) -> Sample {
+    let latency_us = Latency { mean: 50.0, min: 20.0, p50: 40.0, p99: 123.45, p999: 200.0, max: 1000.0 };
+    Sample {
+        seconds: 1.0,
+        requests: 1000,
+        iops,
+        bytes_per_second: 4096.0 * iops,
+        latency_us,
+        vcpu_us: vcpu.then_some(20.0),
+        io_us: 3.456,
+        io_switches: 0.5,
+        kicks: vcpu.then_some(0.25),
+        interrupts: vcpu.then_some(0.0),
+    }
+}
+
+/// A cell with pairs of requests per second, ours and the host's.
+fn measured(bs: u32, aio: Aio, ioeventfd: bool, pairs: &[(f64, f64)]) -> Measured {
+    let work = Work { content: Content::Written, rw: Mix::RandRead, bs, depth: 32, queues: 1 };
+    let mut measured = Measured::new(Cell { work, way: Way { aio, cache: CacheMode::None, ioeventfd } });
+    let round =
+        |&(ours, host)| BTreeMap::from([(Subject::Skiff, sample(ours, true)), (Subject::Host, sample(host, false))]);
+    measured.rounds = pairs.iter().map(round).collect();
+    measured.sum_up();
+    measured
+}
+
+fn manifest() -> Manifest {
+    let axes = Axes {
+        contents: vec![Content::Written],
+        mixes: vec![Mix::RandRead],
+        blocks: vec![4096],
+        depths: vec![32],
+        queues: vec![1],
+        engines: vec![Aio::Threads],
+        caches: vec![CacheMode::None],
+        ioeventfds: vec![true],
+    };
+    let place = Place::Own("/nonexistent".into(), 1 << 30);
+    let (runtime, warm_up) = (Duration::from_secs(1), Duration::ZERO);
+    let plan = Plan { axes, place, runtime, warm_up, repeat: 3, against: vec![Subject::Host], seed: 7 };
+    let manifest = Manifest::new(&plan);
+    let (kernel, processor) = ("6.1".to_owned(), "A processor".to_owned());
+    Manifest { skiff: "0.1.0", kernel, processor, cpus: 2, kvm: Some(KvmKind::Hardware), ..manifest }
+}
+
+#[test]
+fn tables() {
+    let mut failed = measured(1 << 20, Aio::IoUring, true, &[]);
+    failed.errors.push("it did not start".to_owned());
+    let cells = vec![
+        measured(4096, Aio::Threads, true, &[(40e3, 80e3), (41e3, 80e3), (60e3, 80e3)]),
+        measured(4096, Aio::Native, false, &[(82e3, 100e3), (80e3, 100e3), (84e3, 100e3)]),
+        measured(1 << 20, Aio::Threads, true, &[(1000.0, 1000.0), (1100.0, 1000.0), (1050.0, 1000.0)]),
+        failed,
+    ];
+    let results = Results { schema: 1, complete: false, manifest: manifest(), cells };
+    let expected = "\
+skiff 0.1.0, Linux 6.1, A processor x 2, hardware KVM
+disk: /nonexistent, files of 1G; 3 x 1 s a cell, seed 7
+
+written file, randread 4k, depth 32
+  engine   cache              IOPS                        / host   p50 us   p99 us   io us  kicks
+  threads  none             41.0k? ##########              0.51?     40.0    123.5    3.46   0.25
+* native   none -ioev       82.0k  ####################    0.82      40.0    123.5    3.46   0.25
+
+written file, randread 1m, depth 32
+  engine   cache             MiB/s                        / host   p50 us   p99 us   io us  kicks
+* threads  none              1050  ####################    1.05      40.0    123.5    3.46   0.25
+  io_uring none                 -
+  failed: it did not start
+
+* fastest   ? rounds differ by more than 20 %: worthless
+io us: CPU time of a request in all threads but the vCPU's; the guest polls
+INTERRUPTED: not all was measured
+";
+    let shown = results.to_string();
+    assert_eq!(shown, expected, "{shown}");
+}
+
+#[test]
+fn the_json_form_is_the_documented_one() {
+    let cells = vec![measured(4096, Aio::Native, true, &[(50.0, 100.0)])];
+    let results = Results { schema: 1, complete: true, manifest: manifest(), cells };
+    let json: serde_json::Value = serde_json::from_str(&results.to_json()).unwrap();
+    let text = include_str!("../../../../docs/bench.md");
+    let documented: Vec<&str> = text.lines().filter_map(|line| line.strip_prefix("| `")?.split('`').next()).collect();
+    let mut paths = Vec::new();
+    collect(&json, "", &mut paths);
+    for path in &paths {
+        assert!(documented.contains(&path.as_str()), "{path} is not documented");
+    }
+    for path in documented.iter().filter(|path| !path.starts_with("--")) {
+        assert!(paths.iter().any(|found| found == path), "{path} is not in the JSON");
+    }
+    assert_eq!(json["cells"][0]["summary"]["host"]["ratio"]["median"], 0.5);
+    assert_eq!(json["cells"][0]["aio"], "native");
+}
+
+/// The paths of all fields, those of every subject under the name SUBJECT.
+fn collect(value: &serde_json::Value, path: &str, paths: &mut Vec<String>) {
+    match value {
+        serde_json::Value::Object(fields) => {
+            for (key, value) in fields {
+                let key = if ["skiff", "host"].contains(&key.as_str()) && path != "manifest" { "SUBJECT" } else { key };
+                let path = if path.is_empty() { key.to_owned() } else { format!("{path}.{key}") };
+                let inner = value.is_object() || value.get(0).is_some_and(serde_json::Value::is_object);
+                if !inner && !paths.contains(&path) {
+                    paths.push(path.clone());
+                }
+                collect(value, &path, paths);
+            }
+        }
+        serde_json::Value::Array(items) => items.iter().for_each(|item| {
+            if item.is_object() {
+                collect(item, path, paths);
+            }
+        }),
+        _ => {}
+    }
+}

@@ -1,0 +1,323 @@
+//! `skiff bench`: flags become a plan, results go to the terminal and into a file. Main thread.
+
+use std::fs;
+use std::io::{self, IsTerminal, Write};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use std::time::Duration;
+
+use anyhow::Context;
+use block::cache::CacheMode;
+use block::engine::Aio;
+use clap::{Args, ValueHint};
+use guest::workload::Mix;
+use signal_hook::consts::{SIGINT, SIGTERM};
+use skiff::bench::{self, Axes, Content, Place, Plan, Progress, Subject};
+use skiff::config::parse_size;
+
+use super::Failure;
+
+/// Compare engines and cache modes on this host's disk, beside the host without a machine
+///
+/// The guest is built in; no kernel and no image are needed, and a software KVM will do. Each cell is measured several
+/// times, in turn with what it is compared with. The disk is a file made for it, which is gone afterwards however this
+/// ends; --disk measures an image or block device of yours, and does not write to it without --destructive.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  Which engine for disks in this folder, in less than two minutes:
+    skiff bench --dir /var/lib/images
+  Everything, against QEMU too, for later:
+    skiff bench --full --vs host,qemu --json full.json
+  Sequential reads from a block device, which is not written to:
+    skiff bench --disk /dev/vdb --rw read --bs 1M --depths 1,8
+
+Exit codes:
+  0    everything was measured
+  1    something failed, or it was interrupted; what was measured is shown
+  2    usage")]
+pub(super) struct BenchArgs {
+    /// Measure this image or block device
+    #[arg(long, value_name = "PATH", value_hint = ValueHint::FilePath, conflicts_with_all = ["dir", "size", "content"])]
+    disk: Option<PathBuf>,
+    /// Let --rw change the content of --disk
+    #[arg(long, requires = "disk")]
+    destructive: bool,
+    /// Make the files to measure in this folder [default: the current one]
+    #[arg(long, value_name = "FOLDER", value_hint = ValueHint::DirPath)]
+    dir: Option<PathBuf>,
+    /// Bytes of each file [default: 1G]
+    #[arg(long, value_parser = parse_size)]
+    size: Option<u64>,
+    /// What the files are made of: written, hole (no blocks: shows what all but the disk costs), preallocated
+    #[arg(long, value_name = "LIST", value_delimiter = ',', value_parser = content)]
+    content: Option<Vec<Content>>,
+    /// Engines: threads, native, io_uring [default: all]
+    #[arg(long, value_name = "LIST", value_delimiter = ',', value_parser = engine)]
+    engines: Option<Vec<Aio>>,
+    /// Cache modes [default: none,writeback]
+    #[arg(long, value_name = "LIST", value_delimiter = ',', value_parser = cache)]
+    cache: Option<Vec<CacheMode>>,
+    /// Requests in flight in each queue, 1 to 1024 [default: 1,32; with --full 1,4,32,128]
+    #[arg(long, value_name = "LIST", value_delimiter = ',', value_parser = clap::value_parser!(u16).range(1..=1024))]
+    depths: Option<Vec<u16>>,
+    /// Bytes of a request [default: 4K; with --full 4K,64K,1M]
+    #[arg(long, value_name = "LIST", value_delimiter = ',', value_parser = block_size)]
+    bs: Option<Vec<u32>>,
+    /// Operations: randread, randwrite, read, write, randrw [default: randread; with --full all but randrw]
+    #[arg(long, value_name = "LIST", value_delimiter = ',', value_parser = mix)]
+    rw: Option<Vec<Mix>>,
+    /// Queues of the disk, 1 to 16 [default: 1; with --full 1,4]
+    #[arg(long, value_name = "LIST", value_delimiter = ',', value_parser = clap::value_parser!(u16).range(1..=16))]
+    queues: Option<Vec<u16>>,
+    /// Doorbells through an ioeventfd, or through the vCPU's thread [default: on]
+    #[arg(long, value_name = "LIST", value_delimiter = ',', value_parser = ["on", "off"])]
+    ioeventfd: Option<Vec<String>>,
+    /// Seconds that each measurement counts [default: 1; with --full 3]
+    #[arg(long, value_name = "SECONDS", value_parser = seconds)]
+    runtime: Option<Duration>,
+    /// How often each cell is measured [default: 3]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=100))]
+    repeat: Option<u32>,
+    /// What to compare with: host (the same engine without a machine), qemu, none
+    #[arg(long, value_name = "LIST", value_delimiter = ',', default_value = "host", value_parser = ["host", "qemu", "none"])]
+    vs: Vec<String>,
+    /// A small set of cells: the default
+    #[arg(long, conflicts_with = "full")]
+    quick: bool,
+    /// A large set of cells: an hour or more
+    #[arg(long)]
+    full: bool,
+    /// Of the order of cells and operations
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    seed: u64,
+    /// Write the results into this file too, as JSON
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
+    json: Option<PathBuf>,
+}
+
+impl BenchArgs {
+    pub(super) fn run(&self) -> Result<u8, Failure> {
+        let plan = self.plan()?;
+        let stop = Arc::new(AtomicBool::new(false));
+        for signal in [SIGINT, SIGTERM] {
+            signal_hook::flag::register(signal, stop.clone()).context("signals")?;
+        }
+        let results = bench::run(&plan, &stop, show)?;
+        if io::stderr().is_terminal() {
+            eprint!("\r\x1b[K");
+        }
+        super::print(&results.to_string())?;
+        if let Some(path) = &self.json {
+            fs::write(path, results.to_json() + "\n").with_context(|| format!("--json {}", path.display()))?;
+        }
+        let well = results.complete && results.cells.iter().all(|cell| cell.errors.is_empty());
+        Ok(u8::from(!well))
+    }
+
+    fn plan(&self) -> Result<Plan, Failure> {
+        let axes = self.axes();
+        let place = match &self.disk {
+            Some(path) => Place::Given(path.clone()),
+            None => Place::Own(self.dir.clone().unwrap_or_else(|| ".".into()), self.size.unwrap_or(1 << 30)),
+        };
+        let usage = |line: String| Err(Failure::Usage(line));
+        if let Some(path) = &self.disk
+            && let Some(mix) = axes.mixes.iter().find(|mix| mix.writes())
+            && !self.destructive
+        {
+            let (mix, path) = (mix.name(), path.display());
+            return usage(format!(
+                "--rw {mix} would overwrite {path}; say --destructive if nobody needs what is on it"
+            ));
+        }
+        let largest = axes.blocks.iter().copied().max().unwrap_or_default();
+        match place {
+            Place::Own(_, size) if size < largest.into() || size % 4096 != 0 => {
+                return usage("--size: at least one block, and a multiple of 4K".to_owned());
+            }
+            _ => {}
+        }
+        if axes.cells().is_empty() {
+            return usage("--engines native goes past the page cache; add --cache none or directsync".to_owned());
+        }
+        let against = [("host", Subject::Host), ("qemu", Subject::Qemu)];
+        let against = against.into_iter().filter(|(name, _)| self.vs.iter().any(|said| said == name));
+        let runtime = self.runtime.unwrap_or(Duration::from_secs(if self.full { 3 } else { 1 }));
+        Ok(Plan {
+            axes,
+            place,
+            runtime,
+            warm_up: runtime / 10,
+            repeat: self.repeat.unwrap_or(3),
+            against: against.map(|(_, subject)| subject).collect(),
+            seed: self.seed,
+        })
+    }
+
+    fn axes(&self) -> Axes {
+        fn or<T: Clone>(said: Option<&Vec<T>>, full: bool, all: &[T], few: &[T]) -> Vec<T> {
+            said.cloned().unwrap_or_else(|| if full { all } else { few }.to_vec())
+        }
+        let (full, own) = (self.full && !self.quick, [Content::Written, Content::Hole]);
+        let mixes = [Mix::RandRead, Mix::RandWrite, Mix::Read, Mix::Write];
+        // Without --destructive an image of the user's is only read.
+        let all_mixes: Vec<_> =
+            mixes.into_iter().filter(|mix| self.disk.is_none() || self.destructive || !mix.writes()).collect();
+        let ioeventfds = self.ioeventfd.as_ref().map(|said| said.iter().map(|word| word == "on").collect::<Vec<_>>());
+        let contents = or(self.content.as_ref(), full, &own, &own[..1]);
+        Axes {
+            contents: if self.disk.is_some() { vec![Content::Given] } else { contents },
+            mixes: or(self.rw.as_ref(), full, &all_mixes, &mixes[..1]),
+            blocks: or(self.bs.as_ref(), full, &[4 << 10, 64 << 10, 1 << 20], &[4 << 10]),
+            depths: or(self.depths.as_ref(), full, &[1, 4, 32, 128], &[1, 32]),
+            queues: or(self.queues.as_ref(), full, &[1, 4], &[1]),
+            engines: or(self.engines.as_ref(), full, &Aio::ALL, &Aio::ALL),
+            caches: or(
+                self.cache.as_ref(),
+                full,
+                &[CacheMode::None, CacheMode::Writeback],
+                &[CacheMode::None, CacheMode::Writeback],
+            ),
+            ioeventfds: or(ioeventfds.as_ref(), full, &[true], &[true]),
+        }
+    }
+}
+
+/// One line on a terminal that is written over; nothing elsewhere.
+fn show(progress: &Progress<'_>) {
+    if !io::stderr().is_terminal() {
+        return;
+    }
+    let Progress { done, total, elapsed, next } = progress;
+    let line = match next {
+        None => "preparing the disk".to_owned(),
+        Some((cell, subject)) => {
+            let left = if *done == 0 { None } else { Some(elapsed.as_secs() * (total - done) as u64 / *done as u64) };
+            let left = left.map_or_else(String::new, |left| format!(", {}:{:02} left", left / 60, left % 60));
+            let (work, way) = (cell.work, cell.way);
+            let (aio, cache, rw) = (way.aio.name(), way.cache.name(), work.rw.name());
+            format!("{done}/{total}{left}: {aio} {cache} {rw} depth {} ({})", work.depth, subject.name())
+        }
+    };
+    // Progress is for a person; one who is gone needs none.
+    let _ = write!(io::stderr(), "\r\x1b[K{line}");
+}
+
+/// The one of `all` that is called `text`.
+fn named<T: Copy>(text: &str, all: &[T], name: fn(T) -> &'static str) -> Result<T, String> {
+    let found = all.iter().copied().find(|one| name(*one) == text);
+    let names = || all.iter().map(|one| name(*one)).collect::<Vec<_>>().join(", ");
+    found.ok_or_else(|| format!("say one of {}", names()))
+}
+
+fn content(text: &str) -> Result<Content, String> {
+    named(text, &Content::OWN, Content::name)
+}
+
+fn engine(text: &str) -> Result<Aio, String> {
+    named(text, &Aio::ALL, Aio::name)
+}
+
+fn cache(text: &str) -> Result<CacheMode, String> {
+    named(text, &CacheMode::ALL, CacheMode::name)
+}
+
+fn mix(text: &str) -> Result<Mix, String> {
+    named(text, &Mix::ALL, Mix::name)
+}
+
+fn block_size(text: &str) -> Result<u32, String> {
+    let bytes = if text.bytes().all(|byte| byte.is_ascii_digit()) {
+        text.parse().map_err(|_| "not a size; write it like 4K".to_owned())?
+    } else {
+        parse_size(text)?
+    };
+    let good = bytes % 512 == 0 && (512..=4 << 20).contains(&bytes);
+    if good { Ok(bytes as u32) } else { Err("a multiple of 512 bytes, at most 4M".to_owned()) }
+}
+
+fn seconds(text: &str) -> Result<Duration, String> {
+    let seconds = text.strip_suffix('s').unwrap_or(text).parse::<f64>();
+    let good = seconds.ok().filter(|seconds| (0.01..=3600.0).contains(seconds));
+    good.map(Duration::from_secs_f64).ok_or_else(|| "seconds between 0.01 and 3600, such as 3 or 0.5".to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cli::{Cli, Command};
+    use clap::Parser;
+
+    fn plan(args: &str) -> Result<Plan, String> {
+        let words = ["skiff", "bench"].into_iter().chain(args.split_ascii_whitespace());
+        let cli = Cli::try_parse_from(words).map_err(|error| error.to_string())?;
+        let Command::Bench(bench) = cli.command else { panic!("{cli:?}") };
+        bench.plan().map_err(|error| format!("{error:?}"))
+    }
+
+    #[test]
+    fn the_default_is_quick() {
+        let plan = plan("").unwrap();
+        assert_eq!(plan.axes, super::tests::plan("--quick").unwrap().axes);
+        assert_eq!(plan.place, Place::Own(".".into(), 1 << 30));
+        assert_eq!(plan.subjects(), [Subject::Skiff, Subject::Host]);
+        // Under two minutes: a second each, a tenth of warm-up, and half a second to start and end a machine.
+        assert!(plan.measurements() as u64 * 1600 < 110_000, "{}", plan.measurements());
+    }
+
+    #[test]
+    fn lists() {
+        let plan = plan(
+            "--dir /d --size 64M --content hole,written --engines io_uring,native --cache none --depths 1,128 --bs 512,1M \
+             --rw read,randrw --queues 1,4 --ioeventfd on,off --runtime 0.5s --repeat 2 --vs none --seed 9",
+        )
+        .unwrap();
+        let axes = Axes {
+            contents: vec![Content::Hole, Content::Written],
+            mixes: vec![Mix::Read, Mix::RandRw],
+            blocks: vec![512, 1 << 20],
+            depths: vec![1, 128],
+            queues: vec![1, 4],
+            engines: vec![Aio::IoUring, Aio::Native],
+            caches: vec![CacheMode::None],
+            ioeventfds: vec![true, false],
+        };
+        let (runtime, warm_up) = (Duration::from_millis(500), Duration::from_millis(50));
+        let place = Place::Own("/d".into(), 64 << 20);
+        assert_eq!(plan, Plan { axes, place, runtime, warm_up, repeat: 2, against: Vec::new(), seed: 9 });
+    }
+
+    #[test]
+    fn an_image_of_the_users_is_not_written_unless_told() {
+        for rw in ["randwrite", "write", "read,randrw"] {
+            let error = plan(&format!("--disk /dev/vdb --rw {rw}")).unwrap_err();
+            assert!(error.contains("would overwrite /dev/vdb; say --destructive"), "{error}");
+            assert!(plan(&format!("--disk /dev/vdb --rw {rw} --destructive")).is_ok());
+        }
+        assert!(plan("--disk /dev/vdb --full").unwrap().axes.mixes.iter().all(|mix| !mix.writes()));
+        assert!(plan("--destructive").is_err());
+    }
+
+    #[test]
+    fn values_that_are_none() {
+        for (args, message) in [
+            ("--engines aio", "say one of threads, native, io_uring"),
+            ("--cache off", "say one of writeback, none,"),
+            ("--rw trim", "say one of randread, randwrite, read, write, randrw"),
+            ("--content given", "say one of written, hole, preallocated"),
+            ("--bs 1000", "a multiple of 512 bytes, at most 4M"),
+            ("--bs 8M", "a multiple of 512 bytes, at most 4M"),
+            ("--depths 0", "0 is not in 1..=1024"),
+            ("--runtime 0", "seconds between 0.01 and 3600"),
+            ("--size 4K --bs 8K", "--size: at least one block"),
+            ("--engines native --cache writeback", "--engines native goes past the page cache"),
+            ("--quick --full", "cannot be used with"),
+            ("--disk x --dir y", "cannot be used with"),
+        ] {
+            let error = plan(args).unwrap_err();
+            assert!(error.contains(message), "{args}: {error}");
+        }
+    }
+}
