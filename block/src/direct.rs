@@ -1,4 +1,4 @@
-#![expect(unsafe_code, reason = "statx is only a raw call")]
+#![expect(unsafe_code, reason = "statx and preadv2 are only raw calls")]
 //! What O_DIRECT demands of a transfer: where it may begin, how long its pieces may be, and how memory lies. Found out
 //! once, when a disk is opened.
 
@@ -79,6 +79,17 @@ fn tried(file: &File) -> io::Result<Option<Alignment>> {
     Ok(None)
 }
 
+/// Whether reads of `file` can be asked not to wait (RWF_NOWAIT). Where they cannot, io_uring gives every transfer to a
+/// thread of the kernel. Reads at most one page.
+pub(crate) fn can_refuse_to_wait(file: &File) -> bool {
+    let mut buffer = AlignedBuffer::default();
+    let memory = buffer.get(4096, 4096);
+    let target = iovec { iov_base: memory.as_mut_ptr().cast(), iov_len: memory.len() };
+    // SAFETY: one buffer, of that length and ours, which outlives the call.
+    let result = unsafe { libc::preadv2(file.as_raw_fd(), &raw const target, 1, 0, libc::RWF_NOWAIT) };
+    result >= 0 || io::Error::last_os_error().raw_os_error() == Some(libc::EAGAIN)
+}
+
 /// Memory at an aligned address. Grows to the largest that was asked for, and stays.
 #[derive(Default)]
 pub(crate) struct AlignedBuffer(Vec<u8>);
@@ -118,6 +129,13 @@ mod tests {
             let memory = buffer.get(len, alignment);
             assert_eq!((memory.len(), memory.as_ptr().addr() % alignment), (len, 0));
         }
+    }
+
+    #[test]
+    fn not_every_filesystem_can_refuse_to_wait() {
+        // Files that a program makes up cannot, on every Linux.
+        assert!(!can_refuse_to_wait(&File::open("/proc/self/comm").unwrap()));
+        assert!(!can_refuse_to_wait(&File::open("/").unwrap()));
     }
 
     /// What is told and what is tried agree so far that a transfer which keeps to either is accepted.

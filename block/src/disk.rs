@@ -145,7 +145,10 @@ impl Disk {
     /// # Errors
     /// [`DiskError`] says which of its reasons it is.
     pub fn open(path: &Path, readonly: bool, cache: CacheMode, id: &str) -> Result<Self, DiskError> {
-        let file = open_file(path, readonly, cache)?;
+        let file = open_file(path, readonly, cache.is_direct()).map_err(|error| match error {
+            DiskError::NotDirect { path, .. } => DiskError::NotDirect { path, cache },
+            error => error,
+        })?;
         // First: whoever holds the lock may still be giving the image its size.
         lock_image(&file, path, readonly)?;
         let size = image_size(&file).map_err(|error| DiskError::Io { path: path.into(), error })?;
@@ -222,9 +225,10 @@ impl Disk {
     }
 }
 
-fn open_file(path: &Path, readonly: bool, cache: CacheMode) -> Result<File, DiskError> {
+/// Opens what may be an image, past the page cache if `direct`.
+pub(crate) fn open_file(path: &Path, readonly: bool, direct: bool) -> Result<File, DiskError> {
     let failed = |error: io::Error| match error.kind() {
-        ErrorKind::InvalidInput if cache.is_direct() => DiskError::NotDirect { path: path.into(), cache },
+        ErrorKind::InvalidInput if direct => DiskError::NotDirect { path: path.into(), cache: CacheMode::None },
         ErrorKind::NotFound => DiskError::Missing(path.into()),
         ErrorKind::PermissionDenied => DiskError::Unreadable { path: path.into(), error },
         _ => DiskError::Io { path: path.into(), error },
@@ -234,7 +238,7 @@ fn open_file(path: &Path, readonly: bool, cache: CacheMode) -> Result<File, Disk
     if let Some(found) = unusable_kind(kind) {
         return Err(DiskError::Kind { path: path.into(), found });
     }
-    let flags = if cache.is_direct() { libc::O_DIRECT } else { 0 };
+    let flags = if direct { libc::O_DIRECT } else { 0 };
     match OpenOptions::new().read(true).write(!readonly).custom_flags(flags).open(path) {
         Ok(file) => Ok(file),
         Err(error) if !readonly && File::open(path).is_ok() => match error.kind() {
@@ -262,7 +266,7 @@ fn unusable_kind(kind: FileType) -> Option<&'static str> {
 }
 
 /// The end of a file or of a block device, in bytes.
-fn image_size(mut file: &File) -> io::Result<u64> {
+pub(crate) fn image_size(mut file: &File) -> io::Result<u64> {
     file.seek(SeekFrom::End(0))
 }
 

@@ -1,9 +1,13 @@
 //! Disk images, their cache modes, and the engines that move their bytes. Knows nothing of virtio or KVM.
 
 pub mod cache;
+pub mod choose;
 pub mod direct;
 pub mod disk;
 pub mod engine;
+pub mod extents;
+pub mod facts;
+pub mod filesystem;
 mod lock;
 mod ranges;
 pub mod topology;

@@ -57,7 +57,7 @@ impl Resources {
 }
 
 fn open_disk(config: &DiskConfig) -> anyhow::Result<Arc<Disk>> {
-    config.aio.probe().with_context(|| config.path.display().to_string())?;
+    config.aio.probe(1).with_context(|| config.path.display().to_string())?;
     let disk = Disk::open(&config.path, config.readonly, config.cache, &config.id)?;
     let how = match disk.alignment() {
         Alignment::NONE => "the page cache".to_owned(),

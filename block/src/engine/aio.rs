@@ -23,12 +23,34 @@ pub enum Aio {
 }
 
 /// Why an engine cannot be used on this host. One line with the remedy.
-#[derive(Debug, Error)]
+#[derive(Clone, Debug, Error, PartialEq, Eq)]
 #[error("aio={}: {reason}; {remedy}, or use aio=threads", .aio.name())]
 pub struct Unusable {
     aio: Aio,
     reason: String,
     remedy: &'static str,
+}
+
+impl Unusable {
+    /// `aio` cannot be used for `reason`; `remedy` is what to do about it. Each is a part of a line.
+    pub(crate) fn new(aio: Aio, reason: String, remedy: &'static str) -> Self {
+        Self { aio, reason, remedy }
+    }
+
+    /// The engine.
+    pub fn aio(&self) -> Aio {
+        self.aio
+    }
+
+    /// Why not, in a line.
+    pub fn reason(&self) -> &str {
+        &self.reason
+    }
+
+    /// What to do about it, in a line.
+    pub fn remedy(&self) -> &'static str {
+        self.remedy
+    }
 }
 
 impl Aio {
@@ -49,23 +71,23 @@ impl Aio {
         self != Self::Native || cache.is_direct()
     }
 
-    /// Asks the host for one, and gives it back.
+    /// Asks the host for what a disk of that many `queues` takes, and gives it back.
     ///
     /// # Errors
-    /// When there is none to be had.
-    pub fn probe(self) -> Result<(), Unusable> {
+    /// When it is not to be had.
+    pub fn probe(self, queues: u16) -> Result<(), Unusable> {
         let (reason, remedy) = match self {
             Self::Threads => return Ok(()),
-            Self::Native => match native::probe() {
+            Self::Native => match native::probe(queues) {
                 Ok(()) => return Ok(()),
                 Err(missing) => (missing.to_string(), missing.remedy()),
             },
-            Self::IoUring => match uring::probe() {
+            Self::IoUring => match uring::probe(queues) {
                 Ok(()) => return Ok(()),
                 Err(missing) => (missing.to_string(), missing.remedy()),
             },
         };
-        Err(Unusable { aio: self, reason, remedy })
+        Err(Unusable::new(self, reason, remedy))
     }
 
     /// An engine for one queue of `disk`, whose threads are called `name` (at most 15 bytes are visible to the host).
@@ -78,5 +100,59 @@ impl Aio {
             Self::Native => native::start(disk, name),
             Self::IoUring => uring::start(disk, name),
         }
+    }
+}
+
+/// The engines for a disk, best first: the next is for where the host refuses the one before.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Engines(Vec<Aio>);
+
+impl Default for Engines {
+    fn default() -> Self {
+        Self::only(Aio::default())
+    }
+}
+
+impl Engines {
+    /// This one or none.
+    pub fn only(aio: Aio) -> Self {
+        Self(vec![aio])
+    }
+
+    /// These in their order.
+    ///
+    /// # Panics
+    /// If there are none.
+    pub(crate) fn new(engines: Vec<Aio>) -> Self {
+        assert!(!engines.is_empty(), "a disk has an engine");
+        Self(engines)
+    }
+
+    /// The one that is meant to run.
+    pub fn best(&self) -> Aio {
+        self.0[0]
+    }
+
+    /// What is tried after it, in order.
+    pub fn fallbacks(&self) -> &[Aio] {
+        &self.0[1..]
+    }
+
+    /// An engine for one queue of `disk`, as [`Aio::start`]: the best that starts. If that is not the best of all, also a
+    /// line that says why.
+    ///
+    /// # Errors
+    /// What the host refuses, when none starts.
+    pub fn start(&self, disk: &Arc<Disk>, name: &str) -> io::Result<(Box<dyn Engine>, Option<String>)> {
+        let mut failures = String::new();
+        for &aio in &self.0 {
+            match aio.start(disk.clone(), name) {
+                Ok(engine) if failures.is_empty() => return Ok((engine, None)),
+                Ok(engine) => return Ok((engine, Some(format!("{failures}it runs on aio={}", aio.name())))),
+                Err(error) if Some(&aio) == self.0.last() => return Err(error),
+                Err(error) => failures += &format!("aio={} cannot be started now ({error}); ", aio.name()),
+            }
+        }
+        unreachable!("there is an engine")
     }
 }

@@ -19,7 +19,7 @@ pub mod uring;
 pub mod volatile;
 mod zeroes;
 
-pub use aio::{Aio, Unusable};
+pub use aio::{Aio, Engines, Unusable};
 
 /// What an [`Op`] asks of the image. Offsets and lengths are in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

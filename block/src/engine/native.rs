@@ -76,12 +76,13 @@ impl Missing {
     }
 }
 
-/// Whether this engine works here.
+/// Whether this engine works here, for that many `queues` at once.
 ///
 /// # Errors
 /// Why not.
-pub fn probe() -> Result<(), Missing> {
-    Context::new().map(drop).map_err(Missing::new)
+pub fn probe(queues: u16) -> Result<(), Missing> {
+    let contexts: io::Result<Vec<_>> = (0..queues).map(|_| Context::new()).collect();
+    contexts.map(drop).map_err(Missing::new)
 }
 
 /// `aio_context_t`. Dropping it waits for what is in flight.

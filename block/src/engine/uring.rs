@@ -73,16 +73,16 @@ impl Missing {
     }
 }
 
-/// Whether this engine works here: sets up a ring as it does.
+/// Whether this engine works here, for that many `queues` at once: sets up rings as it does.
 ///
 /// # Errors
 /// Why not.
-pub fn probe() -> Result<(), Missing> {
+pub fn probe(queues: u16) -> Result<(), Missing> {
     let set_up = || {
         let (image, event) = (fs::File::open("/dev/null")?, EventFd::new(EFD_NONBLOCK)?);
-        Uring::new(image.as_raw_fd(), event.as_raw_fd()).map(drop)
+        (0..queues).map(|_| Uring::new(image.as_raw_fd(), event.as_raw_fd())).collect::<io::Result<Vec<_>>>()
     };
-    set_up().map_err(|error: io::Error| {
+    set_up().map(drop).map_err(|error: io::Error| {
         Missing::new(error, &fs::read_to_string("/proc/sys/kernel/io_uring_disabled").unwrap_or_default())
     })
 }

@@ -10,7 +10,7 @@ use super::Check;
 
 pub(super) fn checks(root: &Path) -> Vec<Check> {
     vec![
-        io_uring(uring::probe()),
+        io_uring(uring::probe(1)),
         linux_aio(root),
         device(&TUN, open(root, &TUN)),
         device(&VHOST_NET, open(root, &VHOST_NET)),
