@@ -1,6 +1,7 @@
 //! The choice of an engine and a cache mode: a pure function of what was asked for and of the facts about image and host,
 //! with its reasons. The two tables below are all there is to it. Runs on the thread that opens a disk.
 
+use std::fmt;
 use std::path::{Path, PathBuf};
 
 use thiserror::Error;
@@ -36,6 +37,17 @@ pub struct Choice {
     pub aio_why: String,
     /// Engines that would have been preferred, and why this host does not have them.
     pub missing: Vec<Unusable>,
+}
+
+impl fmt::Display for Choice {
+    /// In one line, for the log.
+    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (aio, cache) = (self.engines.best().name(), self.cache.name());
+        write!(out, "aio={aio} ({}), cache={cache} ({})", self.aio_why, self.cache_why)?;
+        self.missing
+            .iter()
+            .try_for_each(|missing| write!(out, "; aio={} not: {}", missing.aio().name(), missing.reason()))
+    }
 }
 
 /// Why what was asked for cannot be had. One line with the remedy.
@@ -185,10 +197,8 @@ fn buffered(it: &Case) -> bool {
 
 /// The last block is not whole, and will be written.
 fn cuts_a_block(it: &Case) -> bool {
-    match it.facts.direct {
-        Direct::Works(alignment) => !it.wish.readonly && !it.facts.size.is_multiple_of(alignment.block),
-        _ => false,
-    }
+    let Direct::Works(alignment) = it.facts.direct else { return false };
+    !it.wish.readonly && !it.facts.size.is_multiple_of(alignment.block)
 }
 
 fn direct_works(it: &Case) -> bool {
@@ -222,12 +232,11 @@ fn first<T: Copy>(rules: &'static [Rule<T>], case: &Case) -> &'static Rule<T> {
 pub fn choose(facts: &Facts, wish: Wish) -> Result<Choice, Refusal> {
     let case = |cache| Case { facts, wish, cache };
     let asked = || "as asked for".to_owned();
-    let (cache, cache_why) = match wish.cache {
-        Some(cache) => (cache, asked()),
-        None => {
-            let rule = first(&CACHES, &case(CacheMode::default()));
-            (rule.choose, reason(rule.why, facts))
-        }
+    let (cache, cache_why) = if let Some(cache) = wish.cache {
+        (cache, asked())
+    } else {
+        let rule = first(&CACHES, &case(CacheMode::default()));
+        (rule.choose, reason(rule.why, facts))
     };
     let case = case(cache);
     check_direct(&case)?;

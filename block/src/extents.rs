@@ -120,7 +120,7 @@ mod tests {
     #[test]
     fn written_reserved_and_sparse() {
         let (written, reserved, sparse) = (file(), file(), file());
-        written.write_all_at(&[1; SIZE as usize], 0).unwrap();
+        written.write_all_at(&vec![1; SIZE as usize], 0).unwrap();
         assert_eq!(Blocks::of(&written, SIZE), Blocks::Written);
         fallocate(&reserved, FallocateMode::ZeroRange, false, 0, SIZE).unwrap();
         assert_eq!(Blocks::of(&reserved, SIZE), Blocks::Reserved);
@@ -134,7 +134,7 @@ mod tests {
     #[test]
     fn a_file_that_grows() {
         let growing = file();
-        growing.write_all_at(&[1; 65536], 0).unwrap();
+        growing.write_all_at(&vec![1; 65536], 0).unwrap();
         assert!(Blocks::of(&growing, 65536).are_complete());
         growing.set_len(SIZE).unwrap();
         assert_eq!(Blocks::of(&growing, SIZE), Blocks::Sparse { allocated: 65536 });

@@ -61,7 +61,7 @@ impl Filesystem {
         let mut stat: libc::statfs = unsafe { mem::zeroed() };
         // SAFETY: the descriptor is open, and the structure is ours to be filled.
         let result = unsafe { libc::fstatfs(file.as_raw_fd(), &raw mut stat) };
-        if result == 0 { Self::numbered(stat.f_type as u32) } else { Self::numbered(0) }
+        if result == 0 { Self::numbered(stat.f_type.cast_unsigned() as u32) } else { Self::numbered(0) }
     }
 
     /// The one with this `f_type`.

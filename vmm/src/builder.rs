@@ -192,18 +192,18 @@ impl VmBuilder<'_> {
         memory: &Arc<GuestMemoryMmap>,
         interrupts: &Arc<KvmInterrupts>,
     ) -> anyhow::Result<Vec<Arc<VirtioPci>>> {
-        let disks = self.config.disks.iter().zip(&self.resources.disks).enumerate().map(|(number, (config, disk))| {
+        let disks = self.config.disks.iter().zip(&self.resources.disks).enumerate().map(|(number, (config, open))| {
             let options = BlkOptions {
                 number,
                 serial: config.serial.clone(),
-                aio: config.aio,
+                engines: open.engines.clone(),
                 queues: config.queues,
                 queue_size: config.queue_size,
                 poll: config.poll,
                 unmap: config.discard == Discard::Unmap,
                 statistics: self.resources.statistics[number].clone(),
             };
-            let device: Box<dyn VirtioDevice> = Box::new(Blk::new(disk.clone(), &options));
+            let device: Box<dyn VirtioDevice> = Box::new(Blk::new(open.disk.clone(), &options));
             (device, config.ioeventfd)
         });
 

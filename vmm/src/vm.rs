@@ -14,8 +14,9 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
-use block::direct::Alignment;
+use block::choose::{self, Wish};
 use block::disk::Disk;
+use block::engine::Engines;
 use devices::acpi::PowerButton;
 use devices::virtio::blk::statistics::Statistics;
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
@@ -36,9 +37,17 @@ pub struct Resources {
     /// The initial RAM disk.
     pub initrd: Option<File>,
     /// One a `--disk`, in their order. The locks on the images are held until this is dropped.
-    pub disks: Vec<Arc<Disk>>,
+    pub disks: Vec<OpenDisk>,
     /// What is counted of each disk, in the same order.
     pub statistics: Vec<Arc<Statistics>>,
+}
+
+/// An image, and what will move its bytes.
+pub struct OpenDisk {
+    /// Opened and locked.
+    pub disk: Arc<Disk>,
+    /// The engine, and what to fall back to.
+    pub engines: Engines,
 }
 
 impl Resources {
@@ -56,16 +65,11 @@ impl Resources {
     }
 }
 
-fn open_disk(config: &DiskConfig) -> anyhow::Result<Arc<Disk>> {
-    config.aio.probe(1).with_context(|| config.path.display().to_string())?;
-    let disk = Disk::open(&config.path, config.readonly, config.cache, &config.id)?;
-    let how = match disk.alignment() {
-        Alignment::NONE => "the page cache".to_owned(),
-        Alignment { block, .. } => format!("O_DIRECT, in blocks of {block} bytes"),
-    };
-    let (id, path) = (disk.id(), config.path.display());
-    tracing::info!("disk {id}: {path}: aio={}, cache={} ({how})", config.aio.name(), config.cache.name());
-    Ok(Arc::new(disk))
+fn open_disk(config: &DiskConfig) -> anyhow::Result<OpenDisk> {
+    let DiskConfig { path, id, readonly, aio, cache, queues, .. } = config;
+    let (disk, choice) = choose::open(path, id, Wish { aio: *aio, cache: *cache, readonly: *readonly }, *queues)?;
+    tracing::info!("disk {id}: {}: {choice}", path.display());
+    Ok(OpenDisk { disk: Arc::new(disk), engines: choice.engines })
 }
 
 /// The console empties its file, which must not be one that the machine is made of, by whatever name.

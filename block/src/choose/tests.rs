@@ -101,12 +101,14 @@ fn every_row_of_the_engines() {
 /// What the host lacks is passed over, and said if it would have been better.
 #[test]
 fn hosts_that_lack_engines() {
+    // The image, what the host lacks, what runs, and what is said to be lacking.
+    type Row<'a> = (&'a Kind, &'a [Aio], &'a [Aio], &'a [Aio]);
     let without = |lacks: &[Aio]| {
         let offer = |aio| if lacks.contains(&aio) { Err(unusable(aio)) } else { Ok(()) };
         Host { native: offer(Native), io_uring: offer(IoUring), ..facts().host }
     };
     let sparse = on(Nature::Blocks, Blocks::Sparse { allocated: 4096 });
-    let table: &[(&Kind, &[Aio], &[Aio], &[Aio])] = &[
+    let table: &[Row] = &[
         (&facts().kind, &[Native], &[IoUring, Threads], &[Native]),
         (&facts().kind, &[IoUring], &[Native, Threads], &[]),
         (&facts().kind, &[Native, IoUring], &[Threads], &[Native, IoUring]),

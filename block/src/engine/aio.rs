@@ -144,13 +144,15 @@ impl Engines {
     /// # Errors
     /// What the host refuses, when none starts.
     pub fn start(&self, disk: &Arc<Disk>, name: &str) -> io::Result<(Box<dyn Engine>, Option<String>)> {
-        let mut failures = String::new();
+        let mut failed = Vec::new();
         for &aio in &self.0 {
             match aio.start(disk.clone(), name) {
-                Ok(engine) if failures.is_empty() => return Ok((engine, None)),
-                Ok(engine) => return Ok((engine, Some(format!("{failures}it runs on aio={}", aio.name())))),
+                Ok(engine) if failed.is_empty() => return Ok((engine, None)),
+                Ok(engine) => {
+                    return Ok((engine, Some(format!("{}; it runs on aio={}", failed.join("; "), aio.name()))));
+                }
                 Err(error) if Some(&aio) == self.0.last() => return Err(error),
-                Err(error) => failures += &format!("aio={} cannot be started now ({error}); ", aio.name()),
+                Err(error) => failed.push(format!("aio={} cannot be started now ({error})", aio.name())),
             }
         }
         unreachable!("there is an engine")

@@ -153,7 +153,7 @@ pub fn run(plan: &Plan, stop: &AtomicBool, mut progress: impl FnMut(&Progress)) 
     let tsc_khz = tsc_khz()?;
     let manifest = Manifest::new(plan);
     for aio in &plan.axes.engines {
-        aio.probe()?;
+        aio.probe(1)?;
     }
     if plan.against.contains(&Subject::Qemu) {
         find_qemu()?;

@@ -38,13 +38,14 @@ pub(super) struct RunArgs {
     memory: Option<String>,
     /// A raw disk image or block device, seen by the guest as virtio-blk; repeat for more disks
     ///
-    /// Keys: readonly=on|off, serial=TEXT, id=NAME, format=raw, ioeventfd=on|off, aio=threads|io_uring|native (what moves
-    /// the bytes; native is Linux AIO and needs cache=none or cache=directsync) [default: threads],
-    /// cache=writeback|none|writethrough|directsync|unsafe (none and directsync go past the host's page cache, unsafe
-    /// ignores flushes) [default: writeback], queues=N (each with a thread and an engine of its own) [default: one a CPU,
-    /// at most 4], queue-size=N (entries, a power of two up to 1024) [default: 256],
-    /// poll-us=N (how many microseconds each queue's thread looks for work before it sleeps, at most, while that pays)
-    /// [default: 0], discard=unmap|ignore (unmap: what the guest discards is given back to the host) [default: unmap].
+    /// Keys: readonly=on|off, serial=TEXT, id=NAME, format=raw, ioeventfd=on|off, aio=auto|threads|io_uring|native (what
+    /// moves the bytes; native is Linux AIO and needs cache=none or cache=directsync) [default: auto, what suits the image
+    /// and the host], cache=auto|writeback|none|writethrough|directsync|unsafe (none and directsync go past the host's page
+    /// cache, unsafe ignores flushes) [default: auto, none where that works, else writeback], queues=N (each with a thread
+    /// and an engine of its own) [default: one a CPU, at most 4], queue-size=N (entries, a power of two up to 1024)
+    /// [default: 256], poll-us=N (how many microseconds each queue's thread looks for work before it sleeps, at most, while
+    /// that pays) [default: 0], discard=unmap|ignore (unmap: what the guest discards is given back to the host)
+    /// [default: unmap].
     #[arg(long, value_name = "path=FILE[,KEY=VALUE]...", value_hint = clap::ValueHint::FilePath)]
     disk: Vec<String>,
     /// What COM1 is connected to [default: stdio]

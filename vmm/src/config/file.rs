@@ -11,9 +11,12 @@
 use std::fmt::{Display, Write as _};
 use std::path::Path;
 
+use block::cache::CacheMode;
+use block::engine::Aio;
 use toml::de::{DeTable, DeValue};
 
 use super::list::{self, Setting, Settings};
+use super::options::AUTO;
 use super::place::{ConfigError, Place};
 use super::value::format_size;
 use super::{DISK_KEYS, MEMORY_KEYS, OnReboot, Request, SerialConfig, StatsFormat, VmConfig};
@@ -202,8 +205,8 @@ pub fn to_toml(vm: &VmConfig) -> Result<String, ConfigError> {
         line(&mut out, "queue-size", disk.queue_size);
         line(&mut out, "poll-us", disk.poll.as_micros());
         line(&mut out, "discard", text(disk.discard.name()));
-        line(&mut out, "aio", text(disk.aio.name()));
-        line(&mut out, "cache", text(disk.cache.name()));
+        line(&mut out, "aio", text(disk.aio.map_or(AUTO, Aio::name)));
+        line(&mut out, "cache", text(disk.cache.map_or(AUTO, CacheMode::name)));
         // The only one there is, written out so that nobody has to guess.
         line(&mut out, "format", text("raw"));
     }
@@ -230,8 +233,6 @@ fn path(path: &Path) -> Result<&str, ConfigError> {
 mod tests {
     use super::*;
     use crate::config::{BootProtocol, Discard, DiskConfig, MemoryConfig};
-    use block::cache::CacheMode;
-    use block::engine::Aio;
     use proptest::prelude::*;
     use std::path::PathBuf;
     use std::time::Duration;
@@ -274,8 +275,8 @@ mod tests {
             id: id.into(),
             serial: serial.map(str::to_owned),
             readonly,
-            aio: if id == "data" { Aio::IoUring } else { Aio::Threads },
-            cache: if id == "data" { CacheMode::None } else { CacheMode::Writeback },
+            aio: if id == "data" { Some(Aio::IoUring) } else { None },
+            cache: if id == "data" { Some(CacheMode::None) } else { None },
             ioeventfd: true,
             queues: if id == "data" { 3 } else { 2 },
             queue_size: if id == "data" { 64 } else { 256 },
@@ -384,9 +385,10 @@ mod tests {
         fn any_path()(name in "/[^\0]{1,20}") -> PathBuf { name.into() }
     }
 
-    fn any_engine() -> impl Strategy<Value = (Aio, CacheMode)> {
-        let all = (proptest::sample::select(&Aio::ALL[..]), proptest::sample::select(&CacheMode::ALL[..]));
-        all.prop_filter("impossible", |(aio, cache)| aio.goes_with(*cache))
+    fn any_engine() -> impl Strategy<Value = (Option<Aio>, Option<CacheMode>)> {
+        use proptest::{option::of, sample::select};
+        let all = (of(select(&Aio::ALL[..])), of(select(&CacheMode::ALL[..])));
+        all.prop_filter("impossible", |(aio, cache)| aio.zip(*cache).is_none_or(|(aio, cache)| aio.goes_with(cache)))
     }
 
     prop_compose! {

@@ -122,10 +122,10 @@ pub struct DiskConfig {
     pub serial: Option<String>,
     /// The guest may not write.
     pub readonly: bool,
-    /// What moves the bytes. It goes with `cache`.
-    pub aio: Aio,
-    /// What stands between a write of the guest and stable storage.
-    pub cache: CacheMode,
+    /// What moves the bytes; `None`: what suits the image and the host (`auto`). It goes with `cache`.
+    pub aio: Option<Aio>,
+    /// What stands between a write of the guest and stable storage; `None`: with O_DIRECT where it works (`auto`).
+    pub cache: Option<CacheMode>,
     /// Doorbells arrive through ioeventfds; off: they exit to the vCPU thread first.
     pub ioeventfd: bool,
     /// How many queues it has, each with a thread and an engine: at least 1, at most

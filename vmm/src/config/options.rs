@@ -32,6 +32,9 @@ pub const DISK_KEYS: [&str; 12] = [
 /// What `--serial` can be connected to; the first two take a path.
 pub const SERIAL_KEYS: [&str; 5] = ["file", "socket", "stdio", "pty", "none"];
 
+/// What leaves an engine or a cache mode to skiff.
+pub(super) const AUTO: &str = "auto";
+
 /// The smallest machine: 64 MiB.
 const SMALLEST: u64 = 64 << 20;
 const PAGE: u64 = 4 << 10;
@@ -61,12 +64,13 @@ pub(super) fn memory(settings: &Settings) -> Result<MemoryConfig, ConfigError> {
 
 pub(super) fn disk(settings: &Settings) -> Result<DiskRequest, ConfigError> {
     offered(settings, "format", &["raw"], &["qcow", "qcow2", "qed", "vdi", "vhdx", "vmdk", "vpc"])?;
-    let aio = choice(settings, "aio", &Aio::ALL, Aio::name)?;
-    let cache = choice(settings, "cache", &CacheMode::ALL, CacheMode::name)?;
-    if !aio.goes_with(cache) {
+    let aio = choice(settings, "aio", Some(AUTO), &Aio::ALL, Aio::name)?;
+    let cache = choice(settings, "cache", Some(AUTO), &CacheMode::ALL, CacheMode::name)?;
+    let refused = aio.zip(cache).filter(|(aio, cache)| !aio.goes_with(*cache));
+    if let Some((aio, cache)) = refused {
         return Err(settings.place().error(format_args!(
             "aio={} needs cache=none or cache=directsync: through the page cache, which cache={} uses, it would wait for \
-             every transfer; add cache=none, or use aio=io_uring or aio=threads",
+             every transfer; write cache=none, or use aio=io_uring or aio=threads",
             aio.name(),
             cache.name()
         )));
@@ -83,22 +87,25 @@ pub(super) fn disk(settings: &Settings) -> Result<DiskRequest, ConfigError> {
         queues: settings.value("queues", value::queues)?,
         queue_size: settings.value("queue-size", value::queue_size)?.unwrap_or(QUEUE_SIZE),
         poll: settings.value("poll-us", value::poll)?.unwrap_or_default(),
-        discard: choice(settings, "discard", &Discard::ALL, Discard::name)?,
+        discard: choice(settings, "discard", None, &Discard::ALL, Discard::name)?.unwrap_or_default(),
         place: settings.place().clone(),
     })
 }
 
-/// The choice of the user between `all`, or the default.
-fn choice<T: Copy + Default>(
+/// The choice of the user between `all`; `None` if nothing is said, or the word that leaves it to skiff if there is one.
+fn choice<T: Copy>(
     settings: &Settings,
     key: &str,
+    auto: Option<&'static str>,
     all: &[T],
     name: fn(T) -> &'static str,
-) -> Result<T, ConfigError> {
-    let Some(setting) = settings.get(key) else { return Ok(T::default()) };
+) -> Result<Option<T>, ConfigError> {
+    let Some(setting) = settings.get(key).filter(|setting| Some(setting.value.as_str()) != auto) else {
+        return Ok(None);
+    };
     let chosen = all.iter().copied().find(|&one| name(one) == setting.value);
-    chosen.ok_or_else(|| {
-        let names: Vec<_> = all.iter().copied().map(name).collect();
+    chosen.map(Some).ok_or_else(|| {
+        let names: Vec<_> = auto.into_iter().chain(all.iter().copied().map(name)).collect();
         setting.error(format_args!("no such {key}; say {}", names.join(", ")))
     })
 }

@@ -53,9 +53,9 @@ pub struct DiskRequest {
     /// See [`DiskConfig::readonly`].
     pub readonly: bool,
     /// See [`DiskConfig::aio`].
-    pub aio: Aio,
+    pub aio: Option<Aio>,
     /// See [`DiskConfig::cache`].
-    pub cache: CacheMode,
+    pub cache: Option<CacheMode>,
     /// See [`DiskConfig::ioeventfd`].
     pub ioeventfd: bool,
     /// See [`DiskConfig::queues`]; `None` for the default.
@@ -205,8 +205,8 @@ mod tests {
             id: id.into(),
             serial: None,
             readonly: false,
-            aio: Aio::Threads,
-            cache: CacheMode::Writeback,
+            aio: None,
+            cache: None,
             ioeventfd: true,
             queues: 1,
             queue_size: 256,
@@ -250,8 +250,8 @@ mod tests {
                     id: "data".into(),
                     serial: Some("S 1".into()),
                     readonly: true,
-                    aio: Aio::Native,
-                    cache: CacheMode::Directsync,
+                    aio: Some(Aio::Native),
+                    cache: Some(CacheMode::Directsync),
                     ioeventfd: false,
                     queues: 2,
                     queue_size: 1024,
@@ -313,17 +313,17 @@ mod tests {
                  (keys: size, hugepages, prefault, shared)",
             ),
             ("disk", "readonly=on", "--disk readonly=on: a disk needs an image; write path=IMAGE"),
-            ("disk", "x,aio=fast", "--disk x,aio=fast: aio=fast: no such aio; say threads, native, io_uring"),
+            ("disk", "x,aio=fast", "--disk x,aio=fast: aio=fast: no such aio; say auto, threads, native, io_uring"),
             (
                 "disk",
                 "x,cache=off",
-                "--disk x,cache=off: cache=off: no such cache; say writeback, none, writethrough, directsync, unsafe",
+                "--disk x,cache=off: cache=off: no such cache; say auto, writeback, none, writethrough, directsync, unsafe",
             ),
             (
                 "disk",
-                "x,aio=native",
-                "--disk x,aio=native: aio=native needs cache=none or cache=directsync: through the page cache, which \
-                 cache=writeback uses, it would wait for every transfer; add cache=none, or use aio=io_uring or \
+                "x,aio=native,cache=writeback",
+                "--disk x,aio=native,cache=writeback: aio=native needs cache=none or cache=directsync: through the page cache, which \
+                 cache=writeback uses, it would wait for every transfer; write cache=none, or use aio=io_uring or \
                  aio=threads",
             ),
             (
@@ -398,8 +398,8 @@ mod tests {
                 if aio == "native" && cache != "none" && cache != "directsync" {
                     assert!(vm.unwrap_err().contains("aio=native needs cache=none or cache=directsync"));
                 } else {
-                    let disk = &vm.unwrap().disks[0];
-                    assert_eq!((disk.aio.name(), disk.cache.name()), (aio, cache));
+                    let disk = vm.unwrap().disks.remove(0);
+                    assert_eq!((disk.aio.unwrap().name(), disk.cache.unwrap().name()), (aio, cache));
                 }
             }
         }
@@ -411,6 +411,16 @@ mod tests {
             let vm = machine(&[("disk", "x"), ("disk", "y,queues=3"), ("cpus", cpus), ("kernel", "k")]).unwrap();
             assert_eq!((vm.disks[0].queues, vm.disks[1].queues), (queues, 3));
         }
+    }
+
+    #[test]
+    fn engine_and_cache_mode_may_be_left_to_skiff() {
+        for text in ["x", "x,aio=auto", "x,cache=auto", "x,aio=auto,cache=auto"] {
+            let disk = machine(&[("kernel", "k"), ("disk", text)]).unwrap().disks.remove(0);
+            assert_eq!((disk.aio, disk.cache), (None, None), "{text}");
+        }
+        let disk = machine(&[("kernel", "k"), ("disk", "x,aio=native")]).unwrap().disks.remove(0);
+        assert_eq!((disk.aio, disk.cache), (Some(Aio::Native), None));
     }
 
     #[test]

@@ -4,14 +4,15 @@ use std::fs::{self, OpenOptions};
 use std::io;
 use std::path::Path;
 
-use block::engine::uring;
+use block::engine::{Aio, Unusable};
+use block::facts;
 
-use super::Check;
+use super::{Check, Status};
 
 pub(super) fn checks(root: &Path) -> Vec<Check> {
     vec![
-        io_uring(uring::probe(1)),
-        linux_aio(root),
+        engine("io-uring", Aio::IoUring.probe(1)),
+        linux_aio(engine("linux-aio", Aio::Native.probe(1)), facts::native_room()),
         device(&TUN, open(root, &TUN)),
         device(&VHOST_NET, open(root, &VHOST_NET)),
         memory_lock(root),
@@ -19,28 +20,26 @@ pub(super) fn checks(root: &Path) -> Vec<Check> {
     ]
 }
 
-fn io_uring(probed: Result<(), uring::Missing>) -> Check {
-    let name = "io-uring";
+fn engine(name: &'static str, probed: Result<(), Unusable>) -> Check {
     match probed {
         Ok(()) => Check::ok(name, "works"),
-        Err(missing) => Check::warning(name, missing.to_string(), missing.remedy()),
+        Err(missing) => Check::warning(name, missing.reason(), missing.remedy()),
     }
 }
 
 /// Requests that linux-aio should have left for a few disks.
 const AIO_ROOM: u64 = 4096;
 
-fn linux_aio(root: &Path) -> Check {
-    let name = "linux-aio";
-    let number = |file: &str| read(root, file).trim().parse::<u64>().ok();
-    let (Some(used), Some(limit)) = (number("proc/sys/fs/aio-nr"), number("proc/sys/fs/aio-max-nr")) else {
-        return Check::warning(name, "not in this kernel", "use a kernel with CONFIG_AIO");
-    };
-    let message = format!("{used} of {limit} requests of the host are taken");
-    if limit.saturating_sub(used) < AIO_ROOM {
-        return Check::warning(name, message, "raise the limit with \"sudo sysctl fs.aio-max-nr=1048576\"");
+/// It may work, and not for long.
+fn linux_aio(works: Check, room: Option<u64>) -> Check {
+    match room {
+        Some(room) if works.status == Status::Ok && room < AIO_ROOM => Check::warning(
+            works.name,
+            format!("works, but the host has only {room} requests left"),
+            "raise the limit with \"sudo sysctl fs.aio-max-nr=1048576\"",
+        ),
+        _ => works,
     }
-    Check::ok(name, message)
 }
 
 /// A device that only some machines need.
@@ -124,7 +123,6 @@ fn read(root: &Path, file: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::doctor::Status;
 
     fn host(files: &[(&str, &str)]) -> tempfile::TempDir {
         let root = tempfile::tempdir().unwrap();
@@ -137,22 +135,27 @@ mod tests {
     }
 
     #[test]
-    fn io_uring_may_be_forbidden() {
-        assert_eq!(io_uring(Ok(())), Check::ok("io-uring", "works"));
-        let check = io_uring(Err(uring::Missing::Sysctl(2)));
-        assert_eq!(check.message, "io_uring is forbidden by kernel.io_uring_disabled = 2");
-        assert_eq!(check.remedy.unwrap(), "allow it with \"sudo sysctl kernel.io_uring_disabled=0\"");
+    fn engines_that_work_are_ok() {
+        for aio in Aio::ALL {
+            let check = engine("engine", aio.probe(1));
+            assert_eq!(check.status == Status::Ok, aio.probe(1).is_ok(), "{check:?}");
+            assert_eq!(check.remedy.is_none(), aio.probe(1).is_ok(), "{check:?}");
+        }
     }
 
     #[test]
-    fn linux_aio_may_be_exhausted() {
-        let aio =
-            |used, limit| linux_aio(host(&[("proc/sys/fs/aio-nr", used), ("proc/sys/fs/aio-max-nr", limit)]).path());
-        assert_eq!(aio("128\n", "65536\n"), Check::ok("linux-aio", "128 of 65536 requests of the host are taken"));
-        let full = aio("65000\n", "65536\n");
-        assert_eq!(full.status, Status::Warning);
-        assert!(full.remedy.unwrap().contains("fs.aio-max-nr="));
-        assert_eq!(linux_aio(host(&[]).path()).message, "not in this kernel");
+    fn linux_aio_may_be_near_its_end() {
+        let works = Check::ok("linux-aio", "works");
+        assert_eq!(linux_aio(works.clone(), Some(65536)), works);
+        assert_eq!(linux_aio(works.clone(), None), works);
+        let near = linux_aio(works, Some(536));
+        assert_eq!(
+            (near.status, near.message.as_str()),
+            (Status::Warning, "works, but the host has only 536 requests left")
+        );
+        assert!(near.remedy.unwrap().contains("fs.aio-max-nr="));
+        let forbidden = Check::warning("linux-aio", "forbidden", "allow it");
+        assert_eq!(linux_aio(forbidden.clone(), Some(0)), forbidden);
     }
 
     #[test]

@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use block::disk::Disk;
-use block::engine::Aio;
+use block::engine::Engines;
 use thiserror::Error;
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_MQ,
@@ -53,8 +53,8 @@ pub struct BlkOptions {
     pub number: usize,
     /// What the guest reads as serial number, its first 20 bytes. None reads as empty.
     pub serial: Option<String>,
-    /// What moves the bytes.
-    pub aio: Aio,
+    /// What moves the bytes: for each queue the first of them that starts.
+    pub engines: Engines,
     /// How many queues it has: 1 to [`MAX_QUEUES`].
     pub queues: u16,
     /// Entries of each queue, at most: one of [`QUEUE_SIZES`].
@@ -73,7 +73,7 @@ impl Default for BlkOptions {
         Self {
             number: 0,
             serial: None,
-            aio: Aio::default(),
+            engines: Engines::default(),
             queues: 1,
             queue_size: QUEUE_SIZE,
             unmap: true,
@@ -103,7 +103,7 @@ pub struct Blk {
     disk: Arc<Disk>,
     number: usize,
     serial: Serial,
-    aio: Aio,
+    engines: Engines,
     /// One size a queue, all the same.
     queue_sizes: Vec<u16>,
     unmap: bool,
@@ -128,7 +128,7 @@ impl Blk {
             disk,
             number: options.number,
             serial,
-            aio: options.aio,
+            engines: options.engines.clone(),
             queue_sizes: vec![options.queue_size; options.queues.into()],
             statistics: options.statistics.clone(),
             poll: options.poll,
@@ -166,8 +166,11 @@ impl Blk {
 
     fn start(&self, queue: ActiveQueue, context: Context) -> io::Result<Worker<()>> {
         let name = format!("blk{}-q{}", self.number, queue.index);
-        let engine = self.aio.start(self.disk.clone(), &format!("{name}-io"))?;
+        let (engine, fallback) = self.engines.start(&self.disk, &format!("{name}-io"))?;
         let worker = QueueWorker::new(context, queue, engine)?;
+        if let Some(why) = fallback {
+            worker.log(format_args!("{name}: {why}"));
+        }
         Worker::spawn(&name, move |stop| worker.run(&stop))
     }
 }

@@ -266,7 +266,7 @@ impl QueueWorker {
         Status::IoError
     }
 
-    fn log(&self, line: std::fmt::Arguments<'_>) {
+    pub(super) fn log(&self, line: std::fmt::Arguments<'_>) {
         let mut limit = self.context.log.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(suppressed) = limit.allow(Instant::now()) {
             let disk = self.context.disk.id();

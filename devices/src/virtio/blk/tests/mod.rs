@@ -5,6 +5,7 @@ use std::os::fd::AsRawFd;
 use std::path::PathBuf;
 
 use block::cache::CacheMode;
+use block::engine::Aio;
 use tempfile::TempDir;
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
@@ -224,12 +225,15 @@ impl Image {
 
     fn open_as(&self, readonly: bool, serial: Option<&str>, cache: CacheMode, aio: Aio) -> Blk {
         let disk = Disk::open(&self.path, readonly, cache, "disk0").unwrap();
-        Blk::new(Arc::new(disk), &BlkOptions { serial: serial.map(str::to_owned), aio, ..BlkOptions::default() })
+        Blk::new(
+            Arc::new(disk),
+            &BlkOptions { serial: serial.map(str::to_owned), engines: Engines::only(aio), ..BlkOptions::default() },
+        )
     }
 
     /// With this many queues of this size.
     fn open_with(&self, queues: u16, queue_size: u16, aio: Aio) -> Blk {
-        self.open_for(&BlkOptions { aio, queues, queue_size, ..BlkOptions::default() })
+        self.open_for(&BlkOptions { engines: Engines::only(aio), queues, queue_size, ..BlkOptions::default() })
     }
 
     fn open_for(&self, options: &BlkOptions) -> Blk {
