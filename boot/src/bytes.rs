@@ -81,7 +81,7 @@ impl From<ReadError> for io::Error {
 
 /// Zeroes `start..end` of guest memory.
 pub(crate) fn zero(memory: &GuestMemoryMmap, start: u64, end: u64) -> Result<(), BootError> {
-    static ZEROS: [u8; 0x10000] = [0; 0x10000];
+    static ZEROS: [u8; 0x1000] = [0; 0x1000];
     let mut at = start;
     while at < end {
         let len = (end - at).min(ZEROS.len() as u64);

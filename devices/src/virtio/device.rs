@@ -66,6 +66,12 @@ pub trait VirtioDevice: Send {
     /// The largest size of each queue, a power of two up to 32768; its length is the number of queues. Constant.
     fn queue_sizes(&self) -> &[u16];
 
+    /// Whether its section of chapter 5 gives the device a configuration of its own. Without one the transport shows no
+    /// structure for it (virtio 1.2, 4.1.4.6), and a driver that walks the list has less to read.
+    fn has_config(&self) -> bool {
+        true
+    }
+
     /// Fills `data` from the device-specific configuration at `offset`; zero past its end. Any `offset` and length.
     fn read_config(&self, offset: u64, data: &mut [u8]);
 

@@ -53,6 +53,11 @@ impl VirtioDevice for Rng {
         &[QUEUE_SIZE]
     }
 
+    /// Virtio 1.2, 5.4.4: none.
+    fn has_config(&self) -> bool {
+        false
+    }
+
     fn read_config(&self, _offset: u64, data: &mut [u8]) {
         data.fill(0);
     }

@@ -85,7 +85,7 @@ impl VirtioPci {
         let signals = Arc::new(Signals::new(queues, msix.events()));
         let mut config = Configuration::new(identity(device.device_type()));
         config.add_memory_bar(0, layout::SIZE, BarWidth::Bits64);
-        let (msix_cap, window_cap) = add_capabilities(&mut config, vectors);
+        let (msix_cap, window_cap) = add_capabilities(&mut config, vectors, device.has_config());
         Ok(Arc::new(Self {
             bars: config.bars(),
             kicks: kicks.clone(),
@@ -233,7 +233,7 @@ fn identity(device_type: u32) -> Identity {
 }
 
 /// Adds MSI-X and the vendor capabilities of 4.1.4; returns the offsets of MSI-X and of VIRTIO_PCI_CAP_PCI_CFG.
-fn add_capabilities(config: &mut Configuration, vectors: u16) -> (usize, usize) {
+fn add_capabilities(config: &mut Configuration, vectors: u16, has_config: bool) -> (usize, usize) {
     let mut msix = (vectors - 1).to_le_bytes().to_vec();
     msix.extend((layout::TABLE as u32).to_le_bytes());
     msix.extend((layout::PBA as u32).to_le_bytes());
@@ -253,7 +253,9 @@ fn add_capabilities(config: &mut Configuration, vectors: u16) -> (usize, usize) 
     add(1, layout::COMMON, common::SIZE, &[], &[]);
     add(2, layout::NOTIFY, doorbells, &multiplier.to_le_bytes(), &[]);
     add(3, layout::ISR, 1, &[], &[]);
-    add(4, layout::DEVICE, layout::PBA - layout::DEVICE, &[], &[]);
+    if has_config {
+        add(4, layout::DEVICE, layout::PBA - layout::DEVICE, &[], &[]);
+    }
     // The driver writes bar, offset, length and the data behind them.
     let mut writable = [0xff; 18];
     writable[..2].fill(0);

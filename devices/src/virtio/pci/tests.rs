@@ -13,6 +13,7 @@ use crate::pci::table::MsiTable;
 use crate::virtio::device::{ActivateError, Activation, Interrupt};
 use crate::virtio::driver::{Driver, writable};
 use crate::virtio::queue::{Chain, QueueLayout};
+use crate::virtio::rng::Rng;
 
 const WINDOW: u64 = 0xc000_0000;
 const WINDOW_SIZE: u64 = 0x2000_0000;
@@ -302,6 +303,27 @@ fn identity_is_modern() {
     assert_eq!(guest.config32(guest.msix_cap) >> 16, 3 - 1, "table size: two queues and the configuration");
     assert_eq!(guest.device.vectors(), 3);
     assert_eq!(guest.common::<2>(0x12), 2, "num_queues");
+}
+
+#[test]
+fn a_device_without_configuration_shows_no_structure_for_it() {
+    let memory = Arc::new(GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 0x1000)]).unwrap());
+    let doorbells: Arc<DoorbellTable> = Arc::default();
+    let rng = Box::new(Rng::new().unwrap());
+    let device = VirtioPci::new(rng, memory, GSI, Arc::new(MsiTable::default()), doorbells, true).unwrap();
+    let byte = |offset: u8| {
+        let mut byte = [0];
+        device.config_read(offset.into(), &mut byte);
+        byte[0]
+    };
+    let (mut at, mut types) = (byte(0x34), Vec::new());
+    while at != 0 {
+        if byte(at) == 0x09 {
+            types.push(byte(at + 3));
+        }
+        at = byte(at + 1);
+    }
+    assert_eq!(types, [1, 2, 3, 5], "cfg_type of 4.1.4: no DEVICE_CFG");
 }
 
 #[test]
