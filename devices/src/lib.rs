@@ -6,6 +6,7 @@ pub mod cmos;
 pub mod debug_exit;
 pub mod i8042;
 pub mod log_limit;
+pub mod pause;
 pub mod pci;
 pub mod power;
 pub mod pvpanic;

@@ -12,10 +12,12 @@ use devices::bus::BusDevice;
 use devices::cmos::Cmos;
 use devices::debug_exit::DebugExit;
 use devices::i8042::I8042;
+use devices::pause::PauseLine;
 use devices::pci::root::{ConfigPorts, Ecam, MemoryWindow, PciDevice, PciRoot};
 use devices::power::{PowerLine, PowerRequest};
 use devices::pvpanic::Pvpanic;
 use devices::serial::Serial;
+use devices::virtio::blk::errors::Errors;
 use devices::virtio::blk::{Blk, BlkOptions};
 use devices::virtio::device::VirtioDevice;
 use devices::virtio::pci::VirtioPci;
@@ -92,6 +94,8 @@ pub struct VmBuilder<'a> {
     pub resources: &'a Resources,
     /// Where the end of the machine is announced.
     pub exit: &'a Arc<ExitLine>,
+    /// Where a disk pauses the machine.
+    pub pause: &'a Arc<PauseLine>,
 }
 
 impl VmBuilder<'_> {
@@ -202,6 +206,7 @@ impl VmBuilder<'_> {
                 poll: config.poll,
                 unmap: config.discard == Discard::Unmap,
                 statistics: self.resources.statistics[number].clone(),
+                errors: Some(Errors { read: config.rerror, write: config.werror, pause: self.pause.clone() }),
             };
             let device: Box<dyn VirtioDevice> = Box::new(Blk::new(open.disk.clone(), &options));
             (device, config.ioeventfd)

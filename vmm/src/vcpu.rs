@@ -2,12 +2,13 @@
 #![expect(unsafe_code, reason = "KVM's run area is a C union")]
 
 use std::io;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use devices::bus::Bus;
+use devices::pause::PauseLine;
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
@@ -40,7 +41,7 @@ pub struct Vcpu {
 
 /// The running threads of all vCPUs. Dropping it stops them.
 pub struct VcpuThreads {
-    stop: Arc<AtomicBool>,
+    hold: Arc<Hold>,
     threads: Vec<JoinHandle<()>>,
 }
 
@@ -48,20 +49,40 @@ pub struct VcpuThreads {
 const STACK_BYTES: usize = 256 << 10;
 
 impl VcpuThreads {
-    /// Starts every vCPU in a thread of its own, called `vcpuN`.
-    pub fn start(vcpus: Vec<Vcpu>) -> io::Result<Self> {
+    /// Starts every vCPU in a thread of its own, called `vcpuN`. They stay outside the guest while `pause` is raised.
+    pub fn start(vcpus: Vec<Vcpu>, pause: &Arc<PauseLine>) -> io::Result<Self> {
         register_signal_handler(kick_signal(), on_kick)?;
-        let mut running = Self { stop: Arc::new(AtomicBool::new(false)), threads: Vec::new() };
+        let hold = Hold { pause: pause.clone(), stop: AtomicBool::new(false), held: Mutex::new(0), on: Condvar::new() };
+        let mut running = Self { hold: Arc::new(hold), threads: Vec::new() };
         for vcpu in vcpus {
-            let stop = running.stop.clone();
+            let hold = running.hold.clone();
             let thread = thread::Builder::new().name(format!("vcpu{}", vcpu.id)).stack_size(STACK_BYTES);
-            running.threads.push(thread.spawn(move || vcpu.run(&stop))?);
+            running.threads.push(thread.spawn(move || vcpu.run(&hold))?);
         }
         Ok(running)
     }
 
+    /// Brings the vCPUs out of the guest when the machine is paused. Returns at once, `false` if one was not seen to stay
+    /// out: call it again soon then, for a kick that arrives just before KVM_RUN is lost.
+    pub fn hold(&self) -> bool {
+        let all = *self.hold.held() == self.threads.len();
+        if !all {
+            for thread in &self.threads {
+                let _ = thread.kill(kick_signal());
+            }
+        }
+        all
+    }
+
+    /// Lets them go on: the line was released.
+    pub fn go_on(&self) {
+        let _held = self.hold.held();
+        self.hold.on.notify_all();
+    }
+
     fn stop(&mut self) {
-        self.stop.store(true, Ordering::Release);
+        self.hold.stop.store(true, Ordering::Release);
+        self.go_on();
         for thread in self.threads.drain(..) {
             // A kick that arrives just before KVM_RUN is lost, so it is repeated until the thread is seen to end.
             while !thread.is_finished() {
@@ -81,6 +102,35 @@ impl Drop for VcpuThreads {
     }
 }
 
+/// What keeps vCPUs out of the guest: for good, or while the machine is paused.
+struct Hold {
+    pause: Arc<PauseLine>,
+    stop: AtomicBool,
+    /// How many wait for the machine to go on.
+    held: Mutex<usize>,
+    on: Condvar,
+}
+
+impl Hold {
+    fn held(&self) -> MutexGuard<'_, usize> {
+        self.held.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn is_stopped(&self) -> bool {
+        self.stop.load(Ordering::Acquire)
+    }
+
+    /// Returns when the machine goes on, or stops.
+    fn wait(&self) {
+        let mut held = self.held();
+        *held += 1;
+        while self.pause.is_paused() && !self.is_stopped() {
+            held = self.on.wait(held).unwrap_or_else(PoisonError::into_inner);
+        }
+        *held -= 1;
+    }
+}
+
 /// Interrupts KVM_RUN; its handler does nothing.
 fn kick_signal() -> i32 {
     SIGRTMIN()
@@ -89,8 +139,14 @@ fn kick_signal() -> i32 {
 extern "C" fn on_kick(_: i32, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}
 
 impl Vcpu {
-    fn run(mut self, stop: &AtomicBool) {
-        while !stop.load(Ordering::Acquire) && !self.exit.is_raised() {
+    fn run(mut self, hold: &Hold) {
+        while !hold.is_stopped() && !self.exit.is_raised() {
+            if hold.pause.is_paused() {
+                hold.wait();
+                // For the guest's watchdog: the time that passed was not its own. A guest without kvmclock has none.
+                let _ = self.fd.kvmclock_ctrl();
+                continue;
+            }
             if let Some(reason) = self.enter() {
                 self.exit.raise(reason);
             }

@@ -18,9 +18,10 @@ use block::choose::{self, Wish};
 use block::disk::Disk;
 use block::engine::Engines;
 use devices::acpi::PowerButton;
+use devices::pause::PauseLine;
 use devices::virtio::blk::statistics::Statistics;
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
-use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGUSR1};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGUSR1, SIGUSR2};
 
 use crate::builder::{Machine, VmBuilder};
 use crate::config::{DiskConfig, OnReboot, SerialConfig, StatsFormat, VmConfig};
@@ -109,13 +110,14 @@ pub fn run(config: &VmConfig, print: &dyn Fn(&str)) -> anyhow::Result<ExitReason
     let kvm = kvm::open()?;
     let resources = Resources::open(config)?;
     let exit = Arc::new(ExitLine::new().context("no eventfd")?);
+    let pause = Arc::new(PauseLine::new().context("no eventfd")?);
     let mut control = None;
     loop {
-        let board = VmBuilder { kvm: &kvm, config, resources: &resources, exit: &exit }.build()?;
+        let board = VmBuilder { kvm: &kvm, config, resources: &resources, exit: &exit, pause: &pause }.build()?;
         let control = match &mut control {
             Some(control) => control,
             // Not before the first board: until then a signal just ends us, and the console is as it was.
-            none => none.insert(Control::new(config, &exit)?),
+            none => none.insert(Control::new(config, &exit, &pause)?),
         };
         let machine = board.connect(&mut control.console.borrow_mut())?;
         let report = |format| print(&Report::new(&config.disks, &resources.statistics).format(format));
@@ -132,9 +134,9 @@ pub fn run(config: &VmConfig, print: &dyn Fn(&str)) -> anyhow::Result<ExitReason
 /// From the first instruction to the last flush; `report` when SIGUSR1 asks for it.
 fn run_machine(machine: Machine, control: &mut Control, report: &dyn Fn()) -> anyhow::Result<ExitReason> {
     let Machine { vcpus, serial, power_button, functions, .. } = machine;
-    let running = VcpuThreads::start(vcpus).context("no thread for a vCPU");
-    let waited = running.and_then(|_threads| {
-        let waited = control.wait(&power_button, report);
+    let running = VcpuThreads::start(vcpus, &control.pause).context("no thread for a vCPU");
+    let waited = running.and_then(|threads| {
+        let waited = control.wait(&threads, &power_button, report);
         // A vCPU that waits for a slow console would never see that it has to stop. The threads end here.
         serial.release();
         waited
@@ -142,6 +144,9 @@ fn run_machine(machine: Machine, control: &mut Control, report: &dyn Fn()) -> an
     for function in &functions {
         function.reset();
     }
+    // What paused it is gone: the next machine starts running.
+    control.pause.release();
+    let _ = control.pause.take_reason();
     waited?;
     control.exit.take().context("the machine ended without a reason")
 }
@@ -151,6 +156,7 @@ struct Control {
     events: EventManager<Rc<RefCell<dyn MutEventSubscriber>>>,
     console: Rc<RefCell<Console>>,
     exit: Arc<ExitLine>,
+    pause: Arc<PauseLine>,
     grace: Duration,
     /// Requests to stop since they were last looked at.
     stops: Arc<AtomicU32>,
@@ -158,57 +164,95 @@ struct Control {
     hang_ups: Arc<AtomicU32>,
     /// The same, of requests to print the statistics.
     reports: Arc<AtomicU32>,
+    /// The same, of requests to let a paused machine go on.
+    releases: Arc<AtomicU32>,
     deadline: Option<Instant>,
 }
 
 impl Control {
-    fn new(config: &VmConfig, exit: &Arc<ExitLine>) -> anyhow::Result<Self> {
-        let [stops, hang_ups, reports] = [(); 3].map(|()| Arc::new(AtomicU32::new(0)));
+    fn new(config: &VmConfig, exit: &Arc<ExitLine>, pause: &Arc<PauseLine>) -> anyhow::Result<Self> {
+        let [stops, hang_ups, reports, releases] = [(); 4].map(|()| Arc::new(AtomicU32::new(0)));
         let stop_signals = Signals::new(&[SIGTERM, SIGINT, SIGQUIT], &stops).context("signals")?;
         // nohup(1) asks us not to mind.
         let minded: &[i32] = if is_ignored(SIGHUP) { &[] } else { &[SIGHUP] };
         let hang_up_signals = Signals::new(minded, &hang_ups).context("signals")?;
         let report_signals = Signals::new(&[SIGUSR1], &reports).context("signals")?;
-        let (quit, button) = (exit.clone(), stops.clone());
+        // Not SIGCONT: a shell sends that to every job it brings to the foreground.
+        let release_signals = Signals::new(&[SIGUSR2], &releases).context("signals")?;
+        let (quit, button, go_on) = (exit.clone(), stops.clone(), releases.clone());
         let console = Console::open(&config.serial, move |action| match action {
             ConsoleAction::Quit => quit.raise(ExitReason::Quit),
             ConsoleAction::PowerButton => _ = button.fetch_add(1, Ordering::Relaxed),
+            ConsoleAction::Continue => _ = go_on.fetch_add(1, Ordering::Relaxed),
         })?;
         let console = Rc::new(RefCell::new(console));
         let mut events = EventManager::<Rc<RefCell<dyn MutEventSubscriber>>>::new().context("no epoll")?;
         events.add_subscriber(Rc::new(RefCell::new(stop_signals)));
         events.add_subscriber(Rc::new(RefCell::new(hang_up_signals)));
         events.add_subscriber(Rc::new(RefCell::new(report_signals)));
+        events.add_subscriber(Rc::new(RefCell::new(release_signals)));
+        events.add_subscriber(Rc::new(RefCell::new(Paused(pause.clone()))));
         events.add_subscriber(Rc::new(RefCell::new(Ended(exit.clone()))));
         events.add_subscriber(console.clone());
-        let (exit, grace) = (exit.clone(), config.grace);
-        Ok(Self { events, console, exit, grace, stops, hang_ups, reports, deadline: None })
+        let (exit, pause, grace) = (exit.clone(), pause.clone(), config.grace);
+        Ok(Self { events, console, exit, pause, grace, stops, hang_ups, reports, releases, deadline: None })
     }
 
-    /// Handles events until the end of the machine is announced. The first request to stop presses the power button;
-    /// the second, or the end of the grace period, announces the end itself.
-    fn wait(&mut self, power_button: &PowerButton, report: &dyn Fn()) -> anyhow::Result<()> {
+    /// Handles events until the end of the machine is announced.
+    fn wait(&mut self, threads: &VcpuThreads, power_button: &PowerButton, report: &dyn Fn()) -> anyhow::Result<()> {
         while !self.exit.is_raised() {
-            let patience = self.deadline.map_or(-1, |deadline| {
-                i32::try_from(deadline.saturating_duration_since(Instant::now()).as_millis() + 1).unwrap_or(i32::MAX)
-            });
-            self.events.run_with_timeout(patience).context("epoll")?;
+            let held = !self.pause.is_paused() || threads.hold();
+            self.events.run_with_timeout(self.patience(held)).context("epoll")?;
             if self.reports.swap(0, Ordering::Relaxed) > 0 {
                 report();
             }
-            let hung_up = self.hang_ups.swap(0, Ordering::Relaxed) > 0 && self.deadline.is_none();
-            for _ in 0..self.stops.swap(0, Ordering::Relaxed).max(hung_up.into()) {
-                if self.deadline.is_none() {
-                    tracing::info!("power button pressed; the guest has {} s to power off", self.grace.as_secs());
-                    power_button.press().context("the power button")?;
-                    self.deadline = Some(Instant::now() + self.grace);
-                } else {
-                    self.exit.raise(ExitReason::Forced);
-                }
-            }
-            if self.deadline.is_some_and(|deadline| deadline <= Instant::now()) {
+            self.pause_or_go_on(threads);
+            self.stop_if_asked(power_button)?;
+        }
+        Ok(())
+    }
+
+    /// Milliseconds to sleep at most, -1 for ever: until the end of the grace period, or to kick a vCPU again.
+    fn patience(&self, held: bool) -> i32 {
+        if !held {
+            return 1;
+        }
+        self.deadline.map_or(-1, |deadline| {
+            let left = deadline.saturating_duration_since(Instant::now());
+            i32::try_from(left.as_millis() + 1).unwrap_or(i32::MAX)
+        })
+    }
+
+    /// Says why the machine is paused, once, and lets it go on when somebody asks for it.
+    fn pause_or_go_on(&self, threads: &VcpuThreads) {
+        if let Some(reason) = self.pause.take_reason() {
+            let process = std::process::id();
+            tracing::error!(
+                "{reason}; the machine is paused: see to it, then press Ctrl-A c or \"kill -USR2 {process}\" to try again"
+            );
+        }
+        if self.releases.swap(0, Ordering::Relaxed) > 0 && self.pause.is_paused() {
+            tracing::info!("the machine goes on");
+            self.pause.release();
+            threads.go_on();
+        }
+    }
+
+    /// The first request to stop presses the power button; the second, or the end of the grace period, announces the end
+    /// itself. A paused machine hears its button when it goes on.
+    fn stop_if_asked(&mut self, power_button: &PowerButton) -> anyhow::Result<()> {
+        let hung_up = self.hang_ups.swap(0, Ordering::Relaxed) > 0 && self.deadline.is_none();
+        for _ in 0..self.stops.swap(0, Ordering::Relaxed).max(hung_up.into()) {
+            if self.deadline.is_none() {
+                tracing::info!("power button pressed; the guest has {} s to power off", self.grace.as_secs());
+                power_button.press().context("the power button")?;
+                self.deadline = Some(Instant::now() + self.grace);
+            } else {
                 self.exit.raise(ExitReason::Forced);
             }
+        }
+        if self.deadline.is_some_and(|deadline| deadline <= Instant::now()) {
+            self.exit.raise(ExitReason::Forced);
         }
         Ok(())
     }
@@ -255,6 +299,17 @@ impl MutEventSubscriber for Signals {
             self.count.fetch_add(count as u32, Ordering::Relaxed);
         }
     }
+}
+
+/// Wakes the main thread, which then takes the reason.
+struct Paused(Arc<PauseLine>);
+
+impl MutEventSubscriber for Paused {
+    fn init(&mut self, ops: &mut EventOps) {
+        watch(ops, self.0.raised());
+    }
+
+    fn process(&mut self, _events: Events, _ops: &mut EventOps) {}
 }
 
 /// Wakes the main thread; it looks at the line itself.

@@ -201,6 +201,8 @@ pub fn to_toml(vm: &VmConfig) -> Result<String, ConfigError> {
         }
         line(&mut out, "readonly", disk.readonly);
         line(&mut out, "ioeventfd", disk.ioeventfd);
+        line(&mut out, "rerror", text(disk.rerror.name()));
+        line(&mut out, "werror", text(disk.werror.name()));
         line(&mut out, "queues", disk.queues);
         line(&mut out, "queue-size", disk.queue_size);
         line(&mut out, "poll-us", disk.poll.as_micros());
@@ -233,6 +235,7 @@ fn path(path: &Path) -> Result<&str, ConfigError> {
 mod tests {
     use super::*;
     use crate::config::{BootProtocol, Discard, DiskConfig, MemoryConfig};
+    use devices::virtio::blk::errors::OnError;
     use proptest::prelude::*;
     use std::path::PathBuf;
     use std::time::Duration;
@@ -265,6 +268,7 @@ mod tests {
             serial = "1"
             aio = "io_uring"
             cache = "none"
+            werror = "stop"
             queues = 3
             queue-size = 64
             poll-us = 50
@@ -278,6 +282,8 @@ mod tests {
             aio: if id == "data" { Some(Aio::IoUring) } else { None },
             cache: if id == "data" { Some(CacheMode::None) } else { None },
             ioeventfd: true,
+            rerror: OnError::Report,
+            werror: if id == "data" { OnError::Stop } else { OnError::Report },
             queues: if id == "data" { 3 } else { 2 },
             queue_size: if id == "data" { 64 } else { 256 },
             poll: Duration::from_micros(if id == "data" { 50 } else { 0 }),
@@ -336,7 +342,7 @@ mod tests {
                 "[[disk]]\npath = \"a\"\nfile = \"b\"\n",
                 "/vms/vm.toml:3: disk: unknown key \"file\" \
                  (keys: path, readonly, serial, id, format, aio, cache, ioeventfd, queues, queue-size, \
-                 poll-us, discard)",
+                 poll-us, discard, rerror, werror)",
             ),
             (
                 "disk = \"root.img\"\n",
@@ -395,10 +401,13 @@ mod tests {
         fn any_disk()(
             path in any_path(), id in "d[a-z0-9._-]{0,8}", serial in proptest::option::of("[ -~]{1,20}"),
             readonly: bool, ioeventfd: bool, (aio, cache) in any_engine(), queues in 1..=64_u16,
+            rerror in proptest::sample::select(&OnError::READS[..]), werror in proptest::sample::select(&OnError::WRITES[..]),
             queue_size in (2..=10).prop_map(|shift| 1_u16 << shift),
             poll in (0..=10_000_u64).prop_map(Duration::from_micros), discard in proptest::sample::select(&Discard::ALL[..]),
         ) -> DiskConfig {
-            DiskConfig { path, id, serial, readonly, aio, cache, ioeventfd, queues, queue_size, poll, discard }
+            DiskConfig {
+                path, id, serial, readonly, aio, cache, ioeventfd, queues, queue_size, poll, discard, rerror, werror,
+            }
         }
     }
 

@@ -18,6 +18,7 @@ use std::time::Duration;
 
 use block::cache::CacheMode;
 use block::engine::Aio;
+use devices::virtio::blk::errors::OnError;
 
 pub use file::{KEYS, to_toml};
 pub use options::{DISK_KEYS, MEMORY_KEYS, SERIAL_KEYS};
@@ -138,6 +139,10 @@ pub struct DiskConfig {
     pub poll: Duration,
     /// What becomes of what the guest discards.
     pub discard: Discard,
+    /// What an error of the host does when the guest reads: one of [`OnError::READS`].
+    pub rerror: OnError,
+    /// The same for everything else.
+    pub werror: OnError,
 }
 
 /// What becomes of what a guest discards.

@@ -3,6 +3,7 @@
 use block::cache::CacheMode;
 use block::engine::Aio;
 use devices::virtio::blk::QUEUE_SIZE;
+use devices::virtio::blk::errors::OnError;
 
 use super::list::Settings;
 use super::place::{ConfigError, Place};
@@ -14,7 +15,7 @@ use super::{Discard, MemoryConfig, SerialConfig};
 pub const MEMORY_KEYS: [&str; 4] = ["size", "hugepages", "prefault", "shared"];
 
 /// The keys of `--disk`; the first may be left out.
-pub const DISK_KEYS: [&str; 12] = [
+pub const DISK_KEYS: [&str; 14] = [
     "path",
     "readonly",
     "serial",
@@ -27,6 +28,8 @@ pub const DISK_KEYS: [&str; 12] = [
     "queue-size",
     "poll-us",
     "discard",
+    "rerror",
+    "werror",
 ];
 
 /// What `--serial` can be connected to; the first two take a path.
@@ -84,6 +87,8 @@ pub(super) fn disk(settings: &Settings) -> Result<DiskRequest, ConfigError> {
         aio,
         cache,
         ioeventfd: settings.switch("ioeventfd", true)?,
+        rerror: choice(settings, "rerror", None, &OnError::READS, OnError::name)?.unwrap_or_default(),
+        werror: choice(settings, "werror", None, &OnError::WRITES, OnError::name)?.unwrap_or_default(),
         queues: settings.value("queues", value::queues)?,
         queue_size: settings.value("queue-size", value::queue_size)?.unwrap_or(QUEUE_SIZE),
         poll: settings.value("poll-us", value::poll)?.unwrap_or_default(),

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use block::cache::CacheMode;
 use block::engine::Aio;
+use devices::virtio::blk::errors::OnError;
 
 use super::list::Settings;
 use super::place::{ConfigError, Place};
@@ -58,6 +59,10 @@ pub struct DiskRequest {
     pub cache: Option<CacheMode>,
     /// See [`DiskConfig::ioeventfd`].
     pub ioeventfd: bool,
+    /// See [`DiskConfig::rerror`].
+    pub rerror: OnError,
+    /// See [`DiskConfig::werror`].
+    pub werror: OnError,
     /// See [`DiskConfig::queues`]; `None` for the default.
     pub queues: Option<u16>,
     /// See [`DiskConfig::discard`].
@@ -174,9 +179,22 @@ fn disks(requests: Vec<DiskRequest>, cpus: u32) -> Result<Vec<DiskConfig>, Confi
                 .place
                 .error(format_args!("the id \"{id}\" belongs to {path}; choose another with id=")));
         }
-        let DiskRequest { path, serial, readonly, aio, cache, ioeventfd, queue_size, poll, discard, .. } = request;
         let queues = request.queues.unwrap_or_else(|| cpus.min(super::DISK_QUEUES.into()) as u16);
-        disks.push(DiskConfig { path, id, serial, readonly, aio, cache, ioeventfd, queues, queue_size, poll, discard });
+        disks.push(DiskConfig {
+            path: request.path,
+            id,
+            serial: request.serial,
+            readonly: request.readonly,
+            aio: request.aio,
+            cache: request.cache,
+            ioeventfd: request.ioeventfd,
+            queues,
+            queue_size: request.queue_size,
+            poll: request.poll,
+            discard: request.discard,
+            rerror: request.rerror,
+            werror: request.werror,
+        });
     }
     Ok(disks)
 }
@@ -208,6 +226,8 @@ mod tests {
             aio: None,
             cache: None,
             ioeventfd: true,
+            rerror: OnError::Report,
+            werror: OnError::Report,
             queues: 1,
             queue_size: 256,
             poll: Duration::ZERO,
@@ -253,6 +273,8 @@ mod tests {
                     aio: Some(Aio::Native),
                     cache: Some(CacheMode::Directsync),
                     ioeventfd: false,
+                    rerror: OnError::Stop,
+                    werror: OnError::Enospc,
                     queues: 2,
                     queue_size: 1024,
                     poll: Duration::from_micros(32),
@@ -276,7 +298,7 @@ mod tests {
             (
                 "disk",
                 "path=a,,b.img,id=data,serial=S 1,readonly=on,ioeventfd=off,format=raw,aio=native,cache=directsync,\
-                 queues=2,queue-size=1024,poll-us=32,discard=ignore",
+                 queues=2,queue-size=1024,poll-us=32,discard=ignore,rerror=stop,werror=enospc",
             ),
             ("serial", "file=console.log"),
             ("debug-exit", "0xf4"),
@@ -421,6 +443,23 @@ mod tests {
         }
         let disk = machine(&[("kernel", "k"), ("disk", "x,aio=native")]).unwrap().disks.remove(0);
         assert_eq!((disk.aio, disk.cache), (Some(Aio::Native), None));
+    }
+
+    #[test]
+    fn what_errors_do() {
+        let errors = ["report", "ignore", "stop", "enospc"];
+        for (read, write) in errors.iter().flat_map(|read| errors.map(|write| (*read, write))) {
+            let vm = machine(&[("kernel", "k"), ("disk", &format!("x,rerror={read},werror={write}"))]);
+            if read == "enospc" {
+                assert!(vm.unwrap_err().ends_with(": rerror=enospc: no such rerror; say report, ignore, stop"));
+            } else {
+                let disk = &vm.unwrap().disks[0];
+                assert_eq!((disk.rerror.name(), disk.werror.name()), (read, write));
+            }
+        }
+        let wrong = machine(&[("kernel", "k"), ("disk", "x,werror=pause")]);
+        let line = "--disk x,werror=pause: werror=pause: no such werror; say report, ignore, stop, enospc";
+        assert_eq!(wrong.unwrap_err(), line);
     }
 
     #[test]

@@ -7,6 +7,7 @@ pub(super) const HELP: &str = "\r\n\
     Ctrl-A h       this list\r\n\
     Ctrl-A x       end the machine at once\r\n\
     Ctrl-A p       press the power button\r\n\
+    Ctrl-A c       continue, when a disk's error has paused the machine\r\n\
     Ctrl-A Ctrl-A  send Ctrl-A to the guest (also Ctrl-A a)\r\n";
 
 /// What one byte from the terminal means.
@@ -18,6 +19,8 @@ pub(super) enum Key {
     Quit,
     /// `Ctrl-A p`.
     PowerButton,
+    /// `Ctrl-A c`.
+    Continue,
     /// `Ctrl-A h`.
     Help,
     /// The first half of an escape, or an unknown one, which is swallowed.
@@ -42,6 +45,7 @@ impl Escape {
             CTRL_A | b'a' => Key::Guest(CTRL_A),
             b'x' => Key::Quit,
             b'p' => Key::PowerButton,
+            b'c' => Key::Continue,
             b'h' | b'?' => Key::Help,
             _ => Key::Nothing,
         }
@@ -71,6 +75,7 @@ mod tests {
     fn each_escape_has_its_meaning() {
         assert_eq!(keys(b"\x01x"), [Key::Quit]);
         assert_eq!(keys(b"\x01p"), [Key::PowerButton]);
+        assert_eq!(keys(b"\x01c"), [Key::Continue]);
         assert_eq!(keys(b"\x01h"), [Key::Help]);
         assert_eq!(keys(b"\x01?"), [Key::Help]);
         assert_eq!(keys(b"\x01\x01"), guest(b"\x01"));

@@ -62,6 +62,8 @@ pub enum ConsoleAction {
     Quit,
     /// `Ctrl-A p`: press the power button.
     PowerButton,
+    /// `Ctrl-A c`: let a paused machine go on.
+    Continue,
 }
 
 /// The other end of the serial line. An event subscriber for the main thread; remove it from the event manager before
@@ -226,6 +228,7 @@ impl Console {
                 Key::Help => self.output.print(HELP),
                 Key::Quit => (self.on_action)(ConsoleAction::Quit),
                 Key::PowerButton => (self.on_action)(ConsoleAction::PowerButton),
+                Key::Continue => (self.on_action)(ConsoleAction::Continue),
                 Key::Nothing => {}
             }
         }

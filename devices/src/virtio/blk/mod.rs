@@ -17,6 +17,7 @@ use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use self::config::Config;
+use self::errors::Errors;
 use self::request::{Rules, Serial};
 use self::statistics::Statistics;
 use self::worker::{Context, QueueWorker};
@@ -27,6 +28,7 @@ use crate::log_limit::LogLimit;
 use crate::worker::Worker;
 
 mod config;
+pub mod errors;
 mod polling;
 mod request;
 pub mod statistics;
@@ -66,6 +68,8 @@ pub struct BlkOptions {
     /// How long a worker without work looks for some before it sleeps, up to [`LONGEST_POLL`]; it looks
     /// shorter, or not at all, as long as that has not paid.
     pub poll: Duration,
+    /// What its host's errors do; without, all are reported to the guest.
+    pub errors: Option<Errors>,
 }
 
 impl Default for BlkOptions {
@@ -79,6 +83,7 @@ impl Default for BlkOptions {
             unmap: true,
             statistics: Arc::default(),
             poll: Duration::ZERO,
+            errors: None,
         }
     }
 }
@@ -110,6 +115,7 @@ pub struct Blk {
     write_cache: Arc<WriteCache>,
     statistics: Arc<Statistics>,
     poll: Duration,
+    errors: Option<Errors>,
     workers: Vec<Worker<()>>,
     /// Across resets, for a guest can reset as often as it likes.
     log: Arc<Mutex<LogLimit>>,
@@ -132,6 +138,7 @@ impl Blk {
             queue_sizes: vec![options.queue_size; options.queues.into()],
             statistics: options.statistics.clone(),
             poll: options.poll,
+            errors: options.errors.clone(),
             workers: Vec::new(),
             log: Arc::default(),
         }
@@ -236,6 +243,7 @@ impl VirtioDevice for Blk {
             poll: self.poll,
             halt: Arc::new(EventFd::new(EFD_NONBLOCK).map_err(failed)?),
             statistics: self.statistics.clone(),
+            errors: self.errors.clone(),
         };
         for queue in activation.queues {
             match self.start(queue, context.clone()) {

@@ -163,13 +163,9 @@ impl Queue {
         }
     }
 
-    fn count(&self, kind: Kind, bytes: u64, failed: bool) {
+    fn count(&self, kind: Kind, bytes: u64) {
         self.requests[kind as usize].add(1);
-        if failed {
-            self.errors[kind as usize].add(1);
-        } else {
-            self.bytes[kind as usize].add(bytes);
-        }
+        self.bytes[kind as usize].add(bytes);
     }
 }
 
@@ -180,7 +176,7 @@ pub struct Snapshot {
     pub requests: [u64; KINDS],
     /// Bytes of data of those that succeeded.
     pub bytes: [u64; KINDS],
-    /// Those that failed.
+    /// Failures: of those that were refused or failed, and of those that were ignored or tried again.
     pub errors: [u64; KINDS],
     /// Notifications by the driver that woke the worker; what arrives while it is awake wakes nobody.
     pub kicks: u64,
@@ -271,10 +267,15 @@ impl Recorder {
         self.now = None;
     }
 
-    /// The engine did what `head` asked for, or failed.
-    pub(super) fn completed(&mut self, head: u16, failed: bool) {
+    /// The engine failed at what `head` asked for. It is answered, or handed to the engine again.
+    pub(super) fn failed(&mut self, head: u16) {
+        self.queue.errors[self.stamps[usize::from(head)].kind as usize].add(1);
+    }
+
+    /// What `head` asked for is answered, with its data moved if `done`.
+    pub(super) fn completed(&mut self, head: u16, done: bool) {
         let stamp = self.stamps[usize::from(head)];
-        self.queue.count(stamp.kind, stamp.bytes, failed);
+        self.queue.count(stamp.kind, if done { stamp.bytes } else { 0 });
         if self.queue.latencies.is_some() {
             let now = self.now();
             self.samples.push([stamp.handed - stamp.taken, now - stamp.handed, now - stamp.taken]);
@@ -300,7 +301,8 @@ impl Recorder {
 
     /// A request was answered without the engine.
     pub(super) fn answered(&mut self, kind: Kind, status: Status) {
-        self.queue.count(kind, 0, status != Status::Ok);
+        self.queue.count(kind, 0);
+        self.queue.errors[kind as usize].add(u64::from(status != Status::Ok));
     }
 
     /// A notification of the driver woke the worker.

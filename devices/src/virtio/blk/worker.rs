@@ -1,5 +1,6 @@
 //! The thread of one virtio-blk queue: it alone takes requests, hands them to the engine, and answers them.
 
+use std::fmt::Display;
 use std::io;
 use std::mem;
 use std::os::fd::AsRawFd;
@@ -13,6 +14,7 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::Broken;
+use super::errors::{Errors, Held, Verdict};
 use super::polling::Polling;
 use super::request::{Action, Request, Rules, Serial, Status};
 use super::statistics::{Kind, Recorder, Statistics};
@@ -29,6 +31,8 @@ const KICK: u64 = 0;
 const COMPLETION: u64 = 1;
 /// Why the worker wakes: it is to stop.
 const STOP: u64 = 2;
+/// Why the worker wakes: a paused machine goes on.
+const RELEASE: u64 = 3;
 
 /// What a worker needs besides its queue and its engine; the same for all queues of a disk.
 #[derive(Clone)]
@@ -43,6 +47,7 @@ pub(super) struct Context {
     /// Readable when one queue is broken: all queues of the device stop then.
     pub(super) halt: Arc<EventFd>,
     pub(super) statistics: Arc<Statistics>,
+    pub(super) errors: Option<Errors>,
 }
 
 /// One queue at work.
@@ -64,6 +69,7 @@ pub(super) struct QueueWorker {
     /// The guest wrote to the disk.
     wrote: bool,
     record: Recorder,
+    held: Held,
 }
 
 impl QueueWorker {
@@ -76,6 +82,10 @@ impl QueueWorker {
         watch(&epoll, &queue.kick, edge, KICK)?;
         watch(&epoll, engine.completion_event(), edge, COMPLETION)?;
         let size = queue.queue.size();
+        let held = Held::new(context.errors.clone());
+        if let Some(released) = held.released() {
+            watch(&epoll, released, edge, RELEASE)?;
+        }
         let record = Recorder::new(context.statistics.queue(queue.index), size);
         Ok(Self {
             polling: Polling::new(context.poll),
@@ -91,6 +101,7 @@ impl QueueWorker {
             spare: Vec::with_capacity(size.into()),
             wrote: false,
             record,
+            held,
         })
     }
 
@@ -115,7 +126,9 @@ impl QueueWorker {
         let mut completions = mem::take(&mut self.completions);
         self.engine.drain(&mut completions);
         for Completion { op, result, .. } in completions.drain(..) {
-            self.judge(&op, &result);
+            if let Err(error) = result {
+                self.log(describe(&op, &error));
+            }
         }
         self.completions = completions;
     }
@@ -151,7 +164,7 @@ impl QueueWorker {
         let completed = self.complete()?;
         // Before anything is started: meanwhile the driver goes on with what it has.
         self.tell();
-        let taken = self.take()?;
+        let taken = self.take()? | self.retry();
         self.record.submitting();
         self.engine.submit();
         self.tell();
@@ -160,6 +173,17 @@ impl QueueWorker {
             self.polling.worked();
         }
         Ok(busy)
+    }
+
+    /// Starts what was kept for when the machine goes on, if it does; `false` if there was nothing.
+    fn retry(&mut self) -> bool {
+        let mut any = false;
+        for (op, tag) in self.held.retry() {
+            self.engine.push(op, tag);
+            self.record.handed(tag);
+            any = true;
+        }
+        any
     }
 
     /// Shows the driver what was answered since the last time, with one interrupt if it wants one.
@@ -180,8 +204,7 @@ impl QueueWorker {
                 self.engine.push(op, tag);
                 continue;
             }
-            let status = self.judge(&op, &result);
-            self.record.completed(tag, result.is_err());
+            let Some((op, status)) = self.judge(op, tag, result) else { continue };
             self.spare.push(op);
             let request = self.slots.get_mut(usize::from(tag)).and_then(Option::take);
             self.answer(request.expect("an engine completes each op once"), status)?;
@@ -253,20 +276,25 @@ impl QueueWorker {
         Ok(())
     }
 
-    fn judge(&self, op: &Op, result: &io::Result<()>) -> Status {
-        let Err(error) = result else { return Status::Ok };
-        let name = match op.kind {
-            OpKind::Read => "reading",
-            OpKind::Write { .. } => "writing",
-            OpKind::Flush => "flushing",
-            OpKind::Discard { .. } => "discarding",
-            OpKind::WriteZeroes { .. } => "zeroing",
+    /// The status of what completed; none if it is kept until the machine goes on.
+    fn judge(&mut self, op: Op, tag: u16, result: io::Result<()>) -> Option<(Op, Status)> {
+        let Err(error) = result else {
+            self.record.completed(tag, true);
+            return Some((op, Status::Ok));
         };
-        self.log(format_args!("{name} at byte {} failed: {error}", op.offset));
-        Status::IoError
+        self.record.failed(tag);
+        let verdict = self.held.verdict(op.kind, &error);
+        if verdict == Verdict::Retry {
+            let reason = format!("disk {}: {}", self.context.disk.id(), describe(&op, &error));
+            self.held.keep(op, tag, reason);
+            return None;
+        }
+        self.log(describe(&op, &error));
+        self.record.completed(tag, false);
+        Some((op, if verdict == Verdict::Ignore { Status::Ok } else { Status::IoError }))
     }
 
-    pub(super) fn log(&self, line: std::fmt::Arguments<'_>) {
+    pub(super) fn log(&self, line: impl Display) {
         let mut limit = self.context.log.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(suppressed) = limit.allow(Instant::now()) {
             let disk = self.context.disk.id();
@@ -276,7 +304,7 @@ impl QueueWorker {
 
     /// Sleeps until there may be something to do, or not at all if `awake`; `true` if it is to stop.
     fn sleep(&mut self, awake: bool) -> Result<bool, Broken> {
-        let mut events = [EpollEvent::default(); 4];
+        let mut events = [EpollEvent::default(); 5];
         match self.epoll.wait(if awake { 0 } else { -1 }, &mut events) {
             Ok(count) => {
                 let woke = |why| events.iter().take(count).any(|event| event.data() == why);
@@ -293,6 +321,18 @@ impl QueueWorker {
 
 fn watch(epoll: &Epoll, event: &EventFd, set: EventSet, why: u64) -> io::Result<()> {
     epoll.ctl(ControlOperation::Add, event.as_raw_fd(), EpollEvent::new(set, why))
+}
+
+/// What failed, and why.
+fn describe(op: &Op, error: &io::Error) -> String {
+    let name = match op.kind {
+        OpKind::Read => "reading",
+        OpKind::Write { .. } => "writing",
+        OpKind::Flush => return format!("flushing failed: {error}"),
+        OpKind::Discard { .. } => "discarding",
+        OpKind::WriteZeroes { .. } => "zeroing",
+    };
+    format!("{name} at byte {} failed: {error}", op.offset)
 }
 
 /// Bytes of the disk that `op` is about.

@@ -237,8 +237,11 @@ impl Image {
     }
 
     fn open_for(&self, options: &BlkOptions) -> Blk {
-        let disk = Disk::open(&self.path, false, CacheMode::Writeback, "disk0").unwrap();
-        Blk::new(Arc::new(disk), options)
+        Blk::new(self.disk(), options)
+    }
+
+    fn disk(&self) -> Arc<Disk> {
+        Arc::new(Disk::open(&self.path, false, CacheMode::Writeback, "disk0").unwrap())
     }
 }
 
@@ -265,6 +268,7 @@ fn image_on_disk() -> Image {
 mod changes;
 mod config;
 mod crash;
+mod errors;
 mod host;
 mod queues;
 mod requests;

@@ -104,6 +104,7 @@ pub(super) fn context(guest: &Guest, disk: Arc<Disk>, rules: Rules) -> Context {
         poll: Duration::ZERO,
         halt: Arc::new(EventFd::new(EFD_NONBLOCK).unwrap()),
         statistics: Arc::default(),
+        errors: None,
     }
 }
 
@@ -122,7 +123,7 @@ pub(super) fn worker_with(
     engine: Box<dyn Engine>,
     cache: Arc<WriteCache>,
 ) -> QueueWorker {
-    let disk = Arc::new(Disk::open(&image.path, false, CacheMode::Writeback, "disk0").unwrap());
+    let disk = image.disk();
     let rules = Rules { size: disk.size(), readonly: false, cache, features: guest.features, may_unmap: true };
     QueueWorker::new(context(guest, disk, rules), guest.queue(), engine).unwrap()
 }
