@@ -108,7 +108,11 @@ pub(crate) fn discard_device(file: &File, start: u64, len: u64) -> io::Result<()
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::io::Write;
     use std::process::Command;
+
+    use crate::engine::conformance::attach;
+    use crate::lock::tests::FORKING;
 
     #[test]
     fn a_file_has_the_blocks_of_its_filesystem() {
@@ -129,6 +133,41 @@ mod tests {
         };
         assert_eq!(Topology::of(&file, 1).unwrap(), expected);
         assert_eq!(Topology::of(&file, 16384).unwrap().physical_block, 16384, "O_DIRECT demands more");
+    }
+
+    /// The host's own tools are asked the same.
+    #[test]
+    fn a_block_device_says_what_it_likes() {
+        let _alone = FORKING.lock();
+        let image = tempfile::NamedTempFile::new_in(".").unwrap();
+        image.as_file().set_len(1 << 20).unwrap();
+        for sector in [512, 4096] {
+            let device = match attach(image.path(), sector) {
+                Ok(device) => device,
+                Err(why) => {
+                    // Past the capture of the test harness.
+                    let _ = writeln!(io::stderr(), "SKIPPED block::a_block_device_says_what_it_likes: {why}");
+                    return;
+                }
+            };
+            let topology = Topology::of(&File::open(&device).unwrap(), 1);
+            let ask = |tool: &str, words: &[&str]| -> u64 {
+                let output = Command::new(tool).args(words).arg(&device).output().unwrap();
+                String::from_utf8(output.stdout).unwrap().trim().parse().unwrap()
+            };
+            let expected = Topology {
+                physical_block: ask("blockdev", &["--getpbsz"]),
+                alignment_offset: ask("blockdev", &["--getalignoff"]),
+                min_io: ask("blockdev", &["--getiomin"]),
+                opt_io: ask("blockdev", &["--getioopt"]),
+                discard: ask("lsblk", &["--nodeps", "-bno", "DISC-GRAN"]),
+                unit: ask("blockdev", &["--getss"]),
+                device: true,
+            };
+            assert!(Command::new("losetup").arg("-d").arg(&device).status().unwrap().success());
+            assert_eq!(topology.unwrap(), expected);
+            assert_eq!(expected.unit, sector as u64);
+        }
     }
 
     #[test]

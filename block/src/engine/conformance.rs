@@ -41,6 +41,8 @@ pub(super) enum Kind {
     Tmpfs,
     /// A block device with sectors of this many bytes, every byte written before; see [`attach`].
     Loop(usize),
+    /// In this folder, every byte written before.
+    In(&'static Path),
 }
 
 /// The images of one test.
@@ -70,17 +72,18 @@ impl Bed {
     pub(super) fn disk(&self, size: usize) -> (TempDir, PathBuf, Arc<Disk>, Vec<u8>) {
         let dir = match self.kind {
             Kind::Tmpfs => TempDir::new_in("/dev/shm").unwrap(),
+            Kind::In(folder) => TempDir::new_in(folder).unwrap(),
             // Where the build is; a temporary directory may be in memory.
             _ => TempDir::new_in(std::env::current_exe().unwrap().parent().unwrap()).unwrap(),
         };
         let mut path = dir.path().join("disk.img");
         let file = File::options().write(true).create_new(true).open(&path).unwrap();
         let content: Vec<u8> = match self.kind {
-            Kind::Written | Kind::Tmpfs | Kind::Loop(_) => (0..size).map(written).collect(),
+            Kind::Written | Kind::Tmpfs | Kind::Loop(_) | Kind::In(_) => (0..size).map(written).collect(),
             Kind::Sparse | Kind::Preallocated => vec![0; size],
         };
         match self.kind {
-            Kind::Written | Kind::Tmpfs | Kind::Loop(_) => file.write_all_at(&content, 0).unwrap(),
+            Kind::Written | Kind::Tmpfs | Kind::Loop(_) | Kind::In(_) => file.write_all_at(&content, 0).unwrap(),
             Kind::Sparse => file.set_len(size as u64).unwrap(),
             Kind::Preallocated => fallocate(&file, FallocateMode::ZeroRange, false, 0, size as u64).unwrap(),
         }
@@ -104,7 +107,7 @@ impl Bed {
 }
 
 /// A loop device over `image`, or what stands against it. The caller holds [`FORKING`](crate::lock::tests::FORKING).
-pub(super) fn attach(image: &Path, sector: usize) -> Result<PathBuf, String> {
+pub(crate) fn attach(image: &Path, sector: usize) -> Result<PathBuf, String> {
     let mut losetup = Command::new("losetup");
     let output = losetup.args(["--find", "--show", "--sector-size", &sector.to_string()]).arg(image).output();
     let output = output.map_err(|error| error.to_string())?;

@@ -4,17 +4,21 @@
 use std::collections::VecDeque;
 use std::io::Write;
 use std::os::fd::AsRawFd;
+use std::path::Path;
 use std::process::Command;
 use std::sync::Arc;
 
 use libc::iovec;
+use tempfile::TempDir;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::conformance::{self, Bed, Kind, attach, await_completions, memory, op};
+use super::faulty::{Fault as HostFault, Faulty as HostFaulty};
 use super::native::Native;
 use super::ring::{Ring, RingEngine};
+use super::threads::ThreadPool;
 use super::uring::Uring;
-use super::{Aio, Engine, OpKind};
+use super::{Aio, Engine, Op, OpKind};
 use crate::cache::CacheMode;
 use crate::direct::Alignment;
 use crate::disk::Disk;
@@ -87,6 +91,87 @@ fn all_work_on_block_devices() {
             conformance::drain(&bed, start(aio));
         }
     }
+}
+
+/// An overlay mounted over two empty folders, as containers have one; unmounted when dropped.
+struct Overlay(TempDir);
+
+impl Overlay {
+    fn new() -> Result<Self, String> {
+        // The upper folder must be on a filesystem that keeps extended attributes, and not on an overlay itself.
+        let dir = TempDir::new_in(std::env::current_exe().unwrap().parent().unwrap()).unwrap();
+        let [lower, upper, work, merged] = ["lower", "upper", "work", "merged"].map(|name| dir.path().join(name));
+        for folder in [&lower, &upper, &work, &merged] {
+            std::fs::create_dir(folder).unwrap();
+        }
+        let [lower, upper, work] = [lower, upper, work].map(|path| path.display().to_string());
+        let options = format!("lowerdir={lower},upperdir={upper},workdir={work}");
+        let output = Command::new("mount").args(["-t", "overlay", "overlay", "-o", &options]).arg(merged).output();
+        let output = output.map_err(|error| error.to_string())?;
+        if output.status.success() { Ok(Self(dir)) } else { Err(String::from_utf8_lossy(&output.stderr).trim().into()) }
+    }
+}
+
+impl Drop for Overlay {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg(self.0.path().join("merged")).status();
+    }
+}
+
+#[test]
+fn all_work_on_overlayfs() {
+    let _alone = FORKING.lock();
+    let overlay = match Overlay::new() {
+        Ok(overlay) => overlay,
+        Err(why) => {
+            let _ = writeln!(std::io::stderr(), "SKIPPED block::all_work_on_overlayfs: {why}");
+            return;
+        }
+    };
+    let folder: &'static Path = Box::leak(overlay.0.path().join("merged").into_boxed_path());
+    for (aio, bed) in combinations().filter(|(_, bed)| bed.kind == Kind::Written) {
+        let bed = Bed { kind: Kind::In(folder), cases: 3, ..bed };
+        eprintln!("{aio:?} {bed:?}");
+        conformance::bytes(&bed, start(aio));
+        conformance::drain(&bed, start(aio));
+    }
+}
+
+/// Every engine over a host that fails as `script` says.
+fn over_faults(disk: &Arc<Disk>, script: &[HostFault]) -> Vec<Box<dyn Engine>> {
+    let event = || EventFd::new(EFD_NONBLOCK).unwrap();
+    let image = || HostFaulty::new(disk.clone(), script);
+    let (of_native, of_uring) = (event(), event());
+    let rings = (native(disk, &of_native), uring(disk, &of_uring));
+    vec![
+        Box::new(ThreadPool::helper(image(), "test-io", event()).unwrap()),
+        Box::new(RingEngine::new(image(), rings.0, of_native, "test-io").unwrap()),
+        Box::new(RingEngine::new(image(), rings.1, of_uring, "test-io").unwrap()),
+    ]
+}
+
+#[test]
+fn a_host_that_cannot_or_fails_to_discard_and_to_zero() {
+    let (_dir, path, disk, content) = DIRECT.disk(1 << 20);
+    let memory = memory(4096);
+    let discard = OpKind::Discard { durable: false };
+    let zeroes = OpKind::WriteZeroes { unmap: true, durable: true };
+    for errno in [libc::EIO, libc::ENOSPC, libc::EOPNOTSUPP] {
+        for (kind, start) in [(discard, 0), (zeroes, 65536)] {
+            for mut engine in over_faults(&disk, &[HostFault::Fail(errno), HostFault::Fail(errno)]) {
+                let range = start..start + 8192;
+                engine.push(Op { ranges: vec![range], ..op(kind, 0, &[], &memory) }, 5);
+                engine.submit();
+                let done = await_completions(&mut *engine, 1).remove(0);
+                let failed = done.result.err().and_then(|error| error.raw_os_error());
+                assert_eq!(failed, (errno != libc::EOPNOTSUPP).then_some(errno), "{kind:?}");
+                assert_eq!(done.tag, 5);
+            }
+        }
+    }
+    let mut expected = content;
+    expected[65536..65536 + 8192].fill(0);
+    assert!(std::fs::read(&path).unwrap() == expected, "only what could not be zeroed otherwise was written");
 }
 
 #[test]

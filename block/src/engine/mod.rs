@@ -105,7 +105,7 @@ pub trait Engine: Send {
 }
 
 #[cfg(test)]
-mod conformance;
+pub(crate) mod conformance;
 #[cfg(test)]
 mod faulty;
 #[cfg(test)]
