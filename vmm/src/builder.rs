@@ -33,10 +33,10 @@ use crate::cpuid::{self, Topology};
 use crate::exit::{ExitLine, ExitReason};
 use crate::irq::KvmInterrupts;
 use crate::layout::{self, Layout, gsi, port};
-use crate::memory;
 use crate::regs;
 use crate::vcpu::{Buses, Vcpu};
 use crate::vm::Resources;
+use crate::{kvm, memory};
 
 /// The i8042's command port, and the command that pulses the reset line.
 const RESET_PORT: u16 = port::I8042 + 4;
@@ -152,7 +152,7 @@ impl VmBuilder<'_> {
                 "--cpus {cpus}: KVM on this host runs at most {limit} vCPUs in one machine; use --cpus {limit} or less"
             );
         }
-        let vm = self.kvm.create_vm().context("KVM cannot create a machine (KVM_CREATE_VM)")?;
+        let vm = kvm::create_vm(self.kvm).context("KVM cannot create a machine (KVM_CREATE_VM)")?;
         // With more vCPUs than 8 bits of APIC id can name, KVM must take 32-bit ones.
         let extended_destination = cpus > 255;
         if extended_destination {

@@ -13,7 +13,7 @@ use kvm_bindings::{
     KVM_CAP_IRQFD, KVM_CAP_PIT2, KVM_CAP_SET_IDENTITY_MAP_ADDR, KVM_CAP_SET_TSS_ADDR, KVM_CAP_TSC_DEADLINE_TIMER,
     KVM_CAP_USER_MEMORY,
 };
-use kvm_ioctls::Kvm;
+use kvm_ioctls::{Kvm, VmFd};
 
 /// The device of KVM.
 pub const DEVICE: &str = "/dev/kvm";
@@ -127,6 +127,17 @@ pub fn open() -> Result<Kvm, KvmError> {
     }
 }
 
+/// A VM, empty (KVM_CREATE_VM). A signal interrupts the call, also one without a handler, such as those by which an
+/// io_uring that was just closed is taken apart; it is then made again.
+pub fn create_vm(kvm: &Kvm) -> Result<VmFd, kvm_ioctls::Error> {
+    loop {
+        match kvm.create_vm() {
+            Err(error) if error.errno() == libc::EINTR => {}
+            result => return result,
+        }
+    }
+}
+
 /// Whether `kvm` has `capability`.
 pub fn has(kvm: &Kvm, capability: &Capability) -> bool {
     kvm.check_extension_raw(u64::from(capability.number)) > 0
@@ -201,6 +212,38 @@ impl Processor {
 mod tests {
     use super::*;
     use std::fs;
+    use std::io::Write;
+    use std::thread;
+    use std::time::{Duration, Instant};
+
+    use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
+
+    extern "C" fn nothing(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}
+
+    #[test]
+    fn signals_do_not_keep_a_machine_from_being_made() {
+        let kvm = match open() {
+            Ok(kvm) => kvm,
+            Err(error) => {
+                // Past the capture of the test harness.
+                let _ = writeln!(io::stderr(), "SKIPPED kvm::signals_do_not_keep_a_machine_from_being_made: {error}");
+                return;
+            }
+        };
+        let signal = SIGRTMIN() + 3;
+        register_signal_handler(signal, nothing).unwrap();
+        let maker = thread::spawn(move || (0..20).try_for_each(|_| create_vm(&kvm).map(drop)));
+        // From more often than a machine is made to less often, wherever that is.
+        for pause in (1..=50).map(|n| n * 100).cycle() {
+            if maker.is_finished() {
+                break;
+            }
+            maker.kill(signal).unwrap();
+            let now = Instant::now();
+            while now.elapsed() < Duration::from_micros(pause) {}
+        }
+        maker.join().unwrap().unwrap();
+    }
 
     fn host(cpu_flags: &str) -> tempfile::TempDir {
         let root = tempfile::tempdir().unwrap();

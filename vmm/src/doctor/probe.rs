@@ -114,7 +114,7 @@ const PORT: u8 = 0xf4;
 /// Runs `instruction` in a guest of its own.
 fn run(kvm: &Kvm, instruction: &[u8]) -> anyhow::Result<Outcome> {
     let memory = memory(instruction)?;
-    let vm = kvm.create_vm().context("KVM_CREATE_VM")?;
+    let vm = crate::kvm::create_vm(kvm).context("KVM_CREATE_VM")?;
     let region = kvm_userspace_memory_region {
         slot: 0,
         flags: 0,
