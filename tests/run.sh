@@ -42,6 +42,7 @@ fi
 # What the Linux guests boot. Without it their tests say what is missing.
 step build 600 cargo build --quiet --workspace
 if ! resources/rootfs/build; then echo 'the stock Linux guest cannot be built'; fi
+if ! resources/rootfs/tools; then echo 'fio for the stock Linux guest cannot be built'; fi
 if ! resources/image/build; then echo 'the Debian image cannot be built'; fi
 
 rm -rf "$target/lab/logs"

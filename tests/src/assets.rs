@@ -4,6 +4,8 @@
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
+use tempfile::TempDir;
+
 /// The target directory of this build, where guests and images are: the test binary is `target/TRIPLE/PROFILE/deps/NAME`.
 ///
 /// # Panics
@@ -37,9 +39,33 @@ pub fn guest(name: &str) -> PathBuf {
     path
 }
 
+/// The initrd of the test guest with the tools of `resources/rootfs/tools` in it, if they were built. One archive follows
+/// the other, as the kernel takes them.
+///
+/// # Panics
+/// If it cannot be written to `folder`.
+pub fn tools_initrd(folder: &Path) -> Option<PathBuf> {
+    let tools = std::fs::read(target().join("linux/tools.img")).ok()?;
+    let mut archives = std::fs::read(guest("initrd.img")).expect("the test guest's initrd");
+    archives.extend(tools);
+    let path = folder.join("initrd.img");
+    std::fs::write(&path, archives).expect("a new initrd");
+    Some(path)
+}
+
 /// The Debian root file system of `resources/image/build`, if it was built.
 pub fn debian_image() -> Option<PathBuf> {
     Some(target().join("image/debian.img")).filter(|path| path.is_file())
+}
+
+/// A temporary folder for images that are opened with O_DIRECT, which one in memory might not take: where the build is,
+/// or the lab's own disk.
+///
+/// # Panics
+/// If it cannot be made.
+pub fn folder_on_disk() -> TempDir {
+    let in_lab = std::env::var_os("SKIFF_IN_LAB").is_some();
+    if in_lab { TempDir::new() } else { TempDir::new_in(target()) }.expect("a temporary folder")
 }
 
 /// A private copy of an image, with its holes.

@@ -42,9 +42,28 @@ impl Skiff {
 
     /// The same with another file of the guest as the kernel.
     pub fn kernel(name: &str) -> Self {
+        Self::with(name, &assets::guest("initrd.img"))
+    }
+
+    /// The stock kernel with the test guest and fio and mkfs.ext4 in it. `None` if these were not built, which is then
+    /// said of the test `name`. The initrd is made in `folder`.
+    ///
+    /// # Panics
+    /// If that cannot be written to.
+    pub fn with_tools(folder: &Path, name: &str) -> Option<Self> {
+        let Some(initrd) = assets::tools_initrd(folder) else {
+            let reason = "no fio for the guest; resources/rootfs/tools makes it where a mirror can be reached";
+            // Past the capture of the test harness.
+            let _ = writeln!(std::io::stderr(), "SKIPPED {name}: {reason}");
+            return None;
+        };
+        Some(Self::with("vmlinuz", &initrd))
+    }
+
+    fn with(kernel: &str, initrd: &Path) -> Self {
         Self::new()
-            .option("--kernel", assets::guest(name))
-            .option("--initrd", assets::guest("initrd.img"))
+            .option("--kernel", assets::guest(kernel))
+            .option("--initrd", initrd)
             .cmdline("console=ttyS0 quiet panic=-1")
     }
 

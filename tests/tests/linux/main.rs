@@ -2,8 +2,13 @@
 //! where the host has none, one boot for all of these tests.
 
 mod boot;
+mod choices;
 mod debian;
 mod disk;
+mod fio;
+mod kill;
 mod messages;
 mod power;
 mod serial;
+mod tree;
+mod unbind;

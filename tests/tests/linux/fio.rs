@@ -1,0 +1,76 @@
+//! The guest's own judge of a disk: fio writes at random and in sequence through every engine in every cache mode, with
+//! one queue and with several, reads it back, and compares checksums.
+
+use std::path::{Path, PathBuf};
+
+use tests::{Skiff, assets};
+
+use crate::choices::{CHOICES, Choice, letters};
+
+const SIZE: u64 = 512 << 10;
+
+/// The magic number of a header that fio puts at the beginning of each block it verifies (`FIO_HDR_MAGIC`).
+const MAGIC: [u8; 2] = 0xacca_u16.to_le_bytes();
+
+const SEQUENTIAL: usize = 32 << 10;
+
+const QUEUES: [&str; 2] = ["1", "4"];
+
+struct Image {
+    path: PathBuf,
+    keys: String,
+}
+
+/// Disks of every choice with every number of queues.
+fn disks(mut skiff: Skiff, folder: &Path, ioeventfd: &str) -> (Skiff, Vec<Image>) {
+    let mut images = Vec::new();
+    for queues in QUEUES {
+        for Choice { aio, cache } in CHOICES {
+            let keys = format!(",aio={aio},cache={cache},queues={queues},ioeventfd={ioeventfd}");
+            let path = assets::blank_image(folder, &format!("{}.img", images.len()), SIZE);
+            skiff = skiff.disk(&path, &keys);
+            images.push(Image { path, keys });
+        }
+    }
+    (skiff, images)
+}
+
+/// All disks of one machine at once, so that its workers contend as much as they can.
+fn verified(name: &str, ioeventfd: &str) {
+    let folder = assets::folder_on_disk();
+    let Some(skiff) = Skiff::with_tools(folder.path(), name) else { return };
+    // The driver uses no more queues than there are CPUs.
+    let (skiff, images) = disks(skiff.cpus(4).memory("512M"), folder.path(), ioeventfd);
+    let mut guest = skiff.boot();
+    let counts = guest.ask("for disk in /sys/block/vd*; do ls $disk/mq | wc -l; done");
+    let expected = QUEUES.iter().flat_map(|queues| [*queues; CHOICES.len()]);
+    assert!(counts.lines().eq(expected), "queues: {counts}");
+
+    let jobs: Vec<_> =
+        letters(images.len()).map(|letter| format!("--name={letter} --filename=/dev/vd{letter}")).collect();
+    let jobs = jobs.join(" ");
+    let fio = "fio --thread --minimal --ioengine=libaio --direct=1 --iodepth=8 --verify=crc32c --verify_fatal=1";
+    let random = "--rw=randwrite --bsrange=512-16k --blockalign=512 --offset=96k --size=256k";
+    for kind in [random, &format!("--rw=write --bs={SEQUENTIAL}")] {
+        // Of the terse format only the fifth field, a job's error: the console is slow.
+        let command = format!("{fio} {kind} {jobs} >/tmp/report; code=$?; cut -d';' -f5 /tmp/report; exit $code");
+        let errors = guest.ask(&command);
+        assert!(errors.lines().eq(vec!["0"; images.len()]), "{kind}: {errors}");
+    }
+    assert_eq!(guest.power_off().code, Some(0));
+    for Image { path, keys } in images {
+        let content = std::fs::read(path).unwrap();
+        assert_eq!(content.len() as u64, SIZE);
+        assert!(content.chunks(SEQUENTIAL).all(|block| block.starts_with(&MAGIC)), "{keys}: not what fio wrote");
+    }
+}
+
+#[test]
+fn verifies_every_engine_in_every_cache_mode() {
+    verified("linux::fio::verifies_every_engine_in_every_cache_mode", "on");
+}
+
+#[test]
+fn verifies_them_without_ioeventfds() {
+    verified("linux::fio::verifies_them_without_ioeventfds", "off");
+}
