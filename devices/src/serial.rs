@@ -341,6 +341,23 @@ mod tests {
         assert_eq!([get(&serial, 2), get(&serial, 2)], [0xc2, 0xc1], "enabled anew while empty");
     }
 
+    /// The Linux 8250 driver fills the FIFO (16 bytes) at each interrupt of the transmitter and then asks for the next.
+    /// 16550A data sheet, "FIFO Interrupt Mode Operation": the interrupt comes when the FIFO is empty, not at each byte.
+    #[test]
+    fn a_full_transmit_fifo_is_one_interrupt() {
+        let Port { serial, sink, interrupt, .. } = port(usize::MAX);
+        serial.write(1, &[0x02]);
+        for batch in 1..=3 {
+            assert_eq!(interrupt.read().unwrap(), 1, "before batch {batch}");
+            assert_eq!(get(&serial, 2), 0xc2);
+            for byte in 0..16 {
+                serial.write(0, &[byte]);
+            }
+            assert_eq!(get(&serial, LINE_STATUS) & 0x60, 0x60, "drained at once");
+        }
+        assert_eq!(sink.taken.lock().unwrap().0.len(), 48);
+    }
+
     #[test]
     fn a_baud_rate_is_no_readiness() {
         let Port { serial, room, .. } = port(0);

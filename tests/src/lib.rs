@@ -6,4 +6,4 @@ mod console;
 mod machine;
 
 pub use console::Console;
-pub use machine::{Answer, Ended, Machine, Skiff};
+pub use machine::{Answer, Ended, Machine, PATIENCE, Skiff};

@@ -12,7 +12,7 @@ use std::time::Duration;
 use crate::{Console, assets};
 
 /// How long a guest may take for anything: an emulated machine on a busy host is slow, a hung one stays so.
-const PATIENCE: Duration = Duration::from_secs(150);
+pub const PATIENCE: Duration = Duration::from_secs(300);
 
 /// A command line of `skiff run`.
 #[derive(Debug)]

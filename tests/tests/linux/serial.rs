@@ -3,11 +3,8 @@
 use std::fs::File;
 use std::io::Write;
 use std::os::unix::net::UnixStream;
-use std::time::Duration;
 
-use tests::{Console, Skiff, assets};
-
-const PATIENCE: Duration = Duration::from_secs(150);
+use tests::{Console, PATIENCE, Skiff, assets};
 
 /// The guest answers on the other end as it does on standard output, and powers off when told.
 fn conversation(console: &Console, mut keys: impl Write) {
