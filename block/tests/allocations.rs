@@ -3,12 +3,14 @@
 //! in its process, because it counts what every thread does.
 
 use std::alloc::{GlobalAlloc, Layout, System};
+use std::cmp::Reverse;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use block::cache::CacheMode;
 use block::disk::Disk;
+use block::engine::merge::Merge;
 use block::engine::{Aio, Engine, Op, OpKind};
 use vm_memory::{GuestAddress, GuestMemoryMmap};
 use vmm_sys_util::eventfd::EventFd;
@@ -46,6 +48,8 @@ fn wait(event: &EventFd) {
 
 /// Every op once through the engine; they come back in `spare`.
 fn round(engine: &mut dyn Engine, spare: &mut Vec<Op>, completions: &mut Vec<block::engine::Completion>) {
+    // Neighbours come one after the other.
+    spare.sort_unstable_by_key(|op| Reverse(op.offset));
     for tag in 0..OPS {
         engine.push(spare.pop().unwrap(), tag);
     }
@@ -68,15 +72,19 @@ fn no_request_allocates() {
     let path = dir.path().join("disk.img");
     std::fs::write(&path, vec![1; 1 << 20]).unwrap();
     let memory = Arc::new(GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 1 << 20)]).unwrap());
-    for (aio, cache) in [
-        (Aio::Threads, CacheMode::Writeback),
-        (Aio::Threads, CacheMode::None),
-        (Aio::Native, CacheMode::None),
-        (Aio::IoUring, CacheMode::Writeback),
-        (Aio::IoUring, CacheMode::None),
+    for (aio, cache, merge) in [
+        (Aio::Threads, CacheMode::Writeback, false),
+        (Aio::Threads, CacheMode::None, false),
+        (Aio::Native, CacheMode::None, false),
+        (Aio::IoUring, CacheMode::Writeback, false),
+        (Aio::IoUring, CacheMode::None, false),
+        (Aio::IoUring, CacheMode::None, true),
     ] {
         let disk = Disk::open(&path, false, cache, "disk0").unwrap();
         let mut engine = aio.start(Arc::new(disk), "test-io").unwrap();
+        if merge {
+            engine = Box::new(Merge::new(engine));
+        }
         let mut completions = Vec::with_capacity(OPS.into());
         let mut spare: Vec<Op> = (0..u64::from(OPS))
             .map(|n| Op {
@@ -97,6 +105,7 @@ fn no_request_allocates() {
         let allocations = ALLOCATIONS.load(Ordering::Relaxed) - before;
         // A pool starts a thread whenever all are busy, and that allocates; a request does not.
         let allowed = if aio == Aio::Threads { 50 } else { 0 };
+        assert_eq!(engine.merged() > 0, merge);
         assert!(allocations <= allowed, "{aio:?} {cache:?}: {allocations} allocations in 3200 requests");
     }
 }

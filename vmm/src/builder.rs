@@ -204,6 +204,7 @@ impl VmBuilder<'_> {
                 queues: config.queues,
                 queue_size: config.queue_size,
                 poll: config.poll,
+                merge: config.merge,
                 unmap: config.discard == Discard::Unmap,
                 statistics: self.resources.statistics[number].clone(),
                 errors: Some(Errors { read: config.rerror, write: config.werror, pause: self.pause.clone() }),

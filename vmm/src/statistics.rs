@@ -60,6 +60,7 @@ fn queue_json(queue: &Snapshot) -> Value {
         "errors": kinds(&queue.errors),
         "kicks": queue.kicks,
         "interrupts": queue.interrupts,
+        "merged": queue.merged,
         "batches": batches,
         "latency_ns": latencies,
     })
@@ -93,8 +94,8 @@ fn write_disk(out: &mut fmt::Formatter<'_>, disk: &Disk) -> fmt::Result {
     }
     for (index, queue) in disk.queues.iter().enumerate() {
         let requests = queue.requests.iter().sum::<u64>();
-        let (kicks, interrupts) = (queue.kicks, queue.interrupts);
-        writeln!(out, "  queue {index}: {requests} requests, {kicks} kicks, {interrupts} interrupts")?;
+        let (kicks, interrupts, merged) = (queue.kicks, queue.interrupts, queue.merged);
+        writeln!(out, "  queue {index}: {requests} requests, {merged} merged, {kicks} kicks, {interrupts} interrupts")?;
     }
     write_batches(out, &sum.batches)?;
     let Some(stages) = &sum.latencies else { return Ok(()) };
@@ -148,7 +149,7 @@ mod tests {
         requests[..3].copy_from_slice(&[10, 2, 1]);
         bytes[..2].copy_from_slice(&[40960, 1024]);
         errors[0] = 1;
-        let queue = Snapshot { requests, bytes, errors, kicks: 7, interrupts: 6, batches, latencies };
+        let queue = Snapshot { requests, bytes, errors, kicks: 7, interrupts: 6, merged: 5, batches, latencies };
         let idle = Snapshot::default();
         Report(vec![Disk { id: "root".to_owned(), queues: vec![queue, idle] }])
     }
@@ -161,8 +162,8 @@ disk root
   read                  10               40960         1
   write                  2                1024         0
   flush                  1                   0         0
-  queue 0: 13 requests, 7 kicks, 6 interrupts
-  queue 1: 0 requests, 0 kicks, 0 interrupts
+  queue 0: 13 requests, 5 merged, 7 kicks, 6 interrupts
+  queue 1: 0 requests, 0 merged, 0 kicks, 0 interrupts
   batches: 4 of 1, 3 of 2-3, 1 of 32768 or more
 ";
         assert_eq!(report(false).format(StatsFormat::Text), expected);
@@ -184,7 +185,7 @@ disk root
             json!({ "read": 10, "write": 2, "flush": 1, "discard": 0, "write-zeroes": 0, "identify": 0, "refused": 0 });
         assert_eq!(queue["requests"], requests);
         assert_eq!((&queue["bytes"]["read"], &queue["errors"]["read"]), (&json!(40960), &json!(1)));
-        assert_eq!((&queue["kicks"], &queue["interrupts"]), (&json!(7), &json!(6)));
+        assert_eq!((&queue["kicks"], &queue["interrupts"], &queue["merged"]), (&json!(7), &json!(6), &json!(5)));
         assert_eq!((&queue["batches"]["2"], &queue["batches"]["4"]), (&json!(3), &json!(0)));
         for stage in ["queue", "engine", "total"] {
             let stage = &queue["latency_ns"][stage];

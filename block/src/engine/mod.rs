@@ -10,6 +10,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 mod aio;
 mod bounce;
+pub mod merge;
 pub mod native;
 mod ring;
 pub mod threads;
@@ -102,6 +103,11 @@ pub trait Engine: Send {
     /// Submits what was pushed and returns when nothing is in flight; appends the last completions. Called at reset, on
     /// the worker thread.
     fn drain(&mut self, completions: &mut Vec<Completion>);
+
+    /// How many ops so far went together with one before them, instead of each on its own.
+    fn merged(&self) -> u64 {
+        0
+    }
 }
 
 #[cfg(test)]

@@ -206,6 +206,7 @@ pub fn to_toml(vm: &VmConfig) -> Result<String, ConfigError> {
         line(&mut out, "queues", disk.queues);
         line(&mut out, "queue-size", disk.queue_size);
         line(&mut out, "poll-us", disk.poll.as_micros());
+        line(&mut out, "merge", disk.merge);
         line(&mut out, "discard", text(disk.discard.name()));
         line(&mut out, "aio", text(disk.aio.map_or(AUTO, Aio::name)));
         line(&mut out, "cache", text(disk.cache.map_or(AUTO, CacheMode::name)));
@@ -272,6 +273,7 @@ mod tests {
             queues = 3
             queue-size = 64
             poll-us = 50
+            merge = false
             discard = "ignore"
         "#;
         let disk = |path: &str, id: &str, serial: Option<&str>, readonly| DiskConfig {
@@ -287,6 +289,7 @@ mod tests {
             queues: if id == "data" { 3 } else { 2 },
             queue_size: if id == "data" { 64 } else { 256 },
             poll: Duration::from_micros(if id == "data" { 50 } else { 0 }),
+            merge: id != "data",
             discard: if id == "data" { Discard::Ignore } else { Discard::Unmap },
         };
         let expected = VmConfig {
@@ -342,7 +345,7 @@ mod tests {
                 "[[disk]]\npath = \"a\"\nfile = \"b\"\n",
                 "/vms/vm.toml:3: disk: unknown key \"file\" \
                  (keys: path, readonly, serial, id, format, aio, cache, ioeventfd, queues, queue-size, \
-                 poll-us, discard, rerror, werror)",
+                 poll-us, merge, discard, rerror, werror)",
             ),
             (
                 "disk = \"root.img\"\n",
@@ -403,10 +406,11 @@ mod tests {
             readonly: bool, ioeventfd: bool, (aio, cache) in any_engine(), queues in 1..=64_u16,
             rerror in proptest::sample::select(&OnError::READS[..]), werror in proptest::sample::select(&OnError::WRITES[..]),
             queue_size in (2..=10).prop_map(|shift| 1_u16 << shift),
-            poll in (0..=10_000_u64).prop_map(Duration::from_micros), discard in proptest::sample::select(&Discard::ALL[..]),
+            poll in (0..=10_000_u64).prop_map(Duration::from_micros), merge: bool,
+            discard in proptest::sample::select(&Discard::ALL[..]),
         ) -> DiskConfig {
             DiskConfig {
-                path, id, serial, readonly, aio, cache, ioeventfd, queues, queue_size, poll, discard, rerror, werror,
+                path, id, serial, readonly, aio, cache, ioeventfd, queues, queue_size, poll, merge, discard, rerror, werror,
             }
         }
     }

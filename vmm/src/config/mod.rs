@@ -137,6 +137,8 @@ pub struct DiskConfig {
     /// How long a queue's thread without work looks for some before it sleeps, at most: whole microseconds, up to
     /// [`LONGEST_POLL`](devices::virtio::blk::LONGEST_POLL). Not said: it does not look.
     pub poll: Duration,
+    /// Requests for neighbouring parts of the disk that are available at once go to the host as one transfer.
+    pub merge: bool,
     /// What becomes of what the guest discards.
     pub discard: Discard,
     /// What an error of the host does when the guest reads: one of [`OnError::READS`].

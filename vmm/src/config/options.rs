@@ -15,7 +15,7 @@ use super::{Discard, MemoryConfig, SerialConfig};
 pub const MEMORY_KEYS: [&str; 4] = ["size", "hugepages", "prefault", "shared"];
 
 /// The keys of `--disk`; the first may be left out.
-pub const DISK_KEYS: [&str; 14] = [
+pub const DISK_KEYS: [&str; 15] = [
     "path",
     "readonly",
     "serial",
@@ -27,6 +27,7 @@ pub const DISK_KEYS: [&str; 14] = [
     "queues",
     "queue-size",
     "poll-us",
+    "merge",
     "discard",
     "rerror",
     "werror",
@@ -92,6 +93,7 @@ pub(super) fn disk(settings: &Settings) -> Result<DiskRequest, ConfigError> {
         queues: settings.value("queues", value::queues)?,
         queue_size: settings.value("queue-size", value::queue_size)?.unwrap_or(QUEUE_SIZE),
         poll: settings.value("poll-us", value::poll)?.unwrap_or_default(),
+        merge: settings.switch("merge", true)?,
         discard: choice(settings, "discard", None, &Discard::ALL, Discard::name)?.unwrap_or_default(),
         place: settings.place().clone(),
     })

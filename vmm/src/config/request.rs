@@ -71,6 +71,8 @@ pub struct DiskRequest {
     pub queue_size: u16,
     /// See [`DiskConfig::poll`].
     pub poll: Duration,
+    /// See [`DiskConfig::merge`].
+    pub merge: bool,
     /// Where it was written, for complaints.
     pub place: Place,
 }
@@ -191,6 +193,7 @@ fn disks(requests: Vec<DiskRequest>, cpus: u32) -> Result<Vec<DiskConfig>, Confi
             queues,
             queue_size: request.queue_size,
             poll: request.poll,
+            merge: request.merge,
             discard: request.discard,
             rerror: request.rerror,
             werror: request.werror,
@@ -231,6 +234,7 @@ mod tests {
             queues: 1,
             queue_size: 256,
             poll: Duration::ZERO,
+            merge: true,
             discard: Discard::Unmap,
         }
     }
@@ -278,6 +282,7 @@ mod tests {
                     queues: 2,
                     queue_size: 1024,
                     poll: Duration::from_micros(32),
+                    merge: false,
                     discard: Discard::Ignore,
                 },
             ],
@@ -298,7 +303,7 @@ mod tests {
             (
                 "disk",
                 "path=a,,b.img,id=data,serial=S 1,readonly=on,ioeventfd=off,format=raw,aio=native,cache=directsync,\
-                 queues=2,queue-size=1024,poll-us=32,discard=ignore,rerror=stop,werror=enospc",
+                 queues=2,queue-size=1024,poll-us=32,merge=off,discard=ignore,rerror=stop,werror=enospc",
             ),
             ("serial", "file=console.log"),
             ("debug-exit", "0xf4"),

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use block::disk::Disk;
 use block::engine::Engines;
+use block::engine::merge::Merge;
 use thiserror::Error;
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_MQ,
@@ -70,6 +71,8 @@ pub struct BlkOptions {
     pub poll: Duration,
     /// What its host's errors do; without, all are reported to the guest.
     pub errors: Option<Errors>,
+    /// Neighbours that are available at once go to the host as one transfer.
+    pub merge: bool,
 }
 
 impl Default for BlkOptions {
@@ -84,6 +87,7 @@ impl Default for BlkOptions {
             statistics: Arc::default(),
             poll: Duration::ZERO,
             errors: None,
+            merge: true,
         }
     }
 }
@@ -116,6 +120,7 @@ pub struct Blk {
     statistics: Arc<Statistics>,
     poll: Duration,
     errors: Option<Errors>,
+    merge: bool,
     workers: Vec<Worker<()>>,
     /// Across resets, for a guest can reset as often as it likes.
     log: Arc<Mutex<LogLimit>>,
@@ -139,6 +144,7 @@ impl Blk {
             statistics: options.statistics.clone(),
             poll: options.poll,
             errors: options.errors.clone(),
+            merge: options.merge,
             workers: Vec::new(),
             log: Arc::default(),
         }
@@ -173,7 +179,10 @@ impl Blk {
 
     fn start(&self, queue: ActiveQueue, context: Context) -> io::Result<Worker<()>> {
         let name = format!("blk{}-q{}", self.number, queue.index);
-        let (engine, fallback) = self.engines.start(&self.disk, &format!("{name}-io"))?;
+        let (mut engine, fallback) = self.engines.start(&self.disk, &format!("{name}-io"))?;
+        if self.merge {
+            engine = Box::new(Merge::new(engine));
+        }
         let worker = QueueWorker::new(context, queue, engine)?;
         if let Some(why) = fallback {
             worker.log(format_args!("{name}: {why}"));

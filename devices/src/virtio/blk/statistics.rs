@@ -1,6 +1,7 @@
 //! What is counted of a disk. Each queue's worker records through its own [`Recorder`]; any thread takes a snapshot.
 
 use std::array;
+use std::mem;
 use std::ops::AddAssign;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -131,6 +132,7 @@ pub(super) struct Queue {
     errors: [Counter; KINDS],
     kicks: Counter,
     interrupts: Counter,
+    merged: Counter,
     batches: Sizes,
     /// Locked by the worker once a batch, and only if nobody copies them just then.
     latencies: Option<Mutex<Stages>>,
@@ -144,6 +146,7 @@ impl Queue {
             errors: Default::default(),
             kicks: Counter::default(),
             interrupts: Counter::default(),
+            merged: Counter::default(),
             batches: Sizes::default(),
             latencies: latencies.then(Mutex::default),
         }
@@ -158,6 +161,7 @@ impl Queue {
             errors: read(&self.errors),
             kicks: self.kicks.get(),
             interrupts: self.interrupts.get(),
+            merged: self.merged.get(),
             batches: self.batches.get(),
             latencies: latencies.map(|stages| stages.lock().unwrap_or_else(PoisonError::into_inner).clone()),
         }
@@ -182,6 +186,8 @@ pub struct Snapshot {
     pub kicks: u64,
     /// Interrupts raised for used buffers.
     pub interrupts: u64,
+    /// Requests that went to the host together with a neighbour before them, in one transfer.
+    pub merged: u64,
     /// How many requests went to the engine at once, in the classes of [`Sizes`].
     pub batches: [u64; SIZES],
     /// How long the requests that went to the engine took, if that is recorded.
@@ -197,6 +203,7 @@ impl AddAssign<&Self> for Snapshot {
         add(&mut self.batches, &other.batches);
         self.kicks += other.kicks;
         self.interrupts += other.interrupts;
+        self.merged += other.merged;
         if let Some(from) = &other.latencies {
             let to = self.latencies.get_or_insert_default();
             to.iter_mut().zip(from).for_each(|(to, from)| to.merge(from));
@@ -227,6 +234,8 @@ pub(super) struct Recorder {
     /// The time, as far as this part of the round is concerned.
     now: Option<Instant>,
     started: Instant,
+    /// How many the engine had merged when last asked.
+    merged: u64,
 }
 
 impl Recorder {
@@ -240,6 +249,7 @@ impl Recorder {
             samples: Vec::with_capacity(2 * size),
             now: None,
             started,
+            merged: 0,
         }
     }
 
@@ -254,8 +264,9 @@ impl Recorder {
         self.batch.push(head);
     }
 
-    /// What was handed is about to be submitted.
-    pub(super) fn submitting(&mut self) {
+    /// What was handed is about to be submitted. Its engine has merged so many in all.
+    pub(super) fn submitting(&mut self, merged: u64) {
+        self.queue.merged.add(merged - mem::replace(&mut self.merged, merged));
         self.queue.batches.record(self.batch.len());
         if self.queue.latencies.is_some() && !self.batch.is_empty() {
             let now = Instant::now();

@@ -165,7 +165,7 @@ impl QueueWorker {
         // Before anything is started: meanwhile the driver goes on with what it has.
         self.tell();
         let taken = self.take()? | self.retry();
-        self.record.submitting();
+        self.record.submitting(self.engine.merged());
         self.engine.submit();
         self.tell();
         let busy = completed || taken;

@@ -71,6 +71,7 @@ fn what_waits_together_is_one_batch() {
     let all = only(&statistics);
     // 20 is in the class of 16 to 31.
     assert_eq!((all.batches[4], all.batches.iter().sum::<u64>()), (1, 1));
+    assert_eq!(all.merged, 19, "they are neighbours");
     let [queue, engine, total] = all.latencies.unwrap();
     assert_eq!([queue.count(), engine.count(), total.count()], [20; 3]);
     assert!(total.max() >= engine.max() && total.max() >= queue.max() && engine.max() > 0);
