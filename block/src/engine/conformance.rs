@@ -340,12 +340,12 @@ pub(super) fn drain(bed: &Bed, make: impl Fn(Arc<Disk>) -> Box<dyn Engine>) {
     }
 }
 
-/// Writes and zeroes of the sectors of one block, all at once, do not undo each other.
+/// Writes and zeroes of the sectors of one block, all at once and through several queues, do not undo each other.
 pub(super) fn neighbours(bed: &Bed, make: impl Fn(Arc<Disk>) -> Box<dyn Engine>) {
     const BLOCKS: usize = 16;
     let (_dir, path, disk, _) = bed.disk(BLOCKS * 4096);
     let memory = memory(BLOCKS * 4096);
-    let mut engine = make(disk);
+    let mut engines = [make(disk.clone()), make(disk)];
     for round in 1..=6_usize {
         let mut expected = Vec::new();
         for block in 0..BLOCKS {
@@ -364,14 +364,19 @@ pub(super) fn neighbours(bed: &Bed, make: impl Fn(Arc<Disk>) -> Box<dyn Engine>)
                     one = Op { ranges: vec![range], ..op(kind, 0, &[], &memory) };
                     expected[at_byte..].fill(0);
                 }
-                engine.push(one, (block * 8 + piece) as u16);
+                engines[piece % 2].push(one, (block * 8 + piece) as u16);
             }
         }
-        let mut completions = Vec::new();
-        engine.drain(&mut completions);
-        for completion in completions {
-            completion.result.unwrap();
-        }
+        // Each on a thread of its own, as workers are: one may wait for what the other has done and not seen yet.
+        std::thread::scope(|scope| {
+            for engine in &mut engines {
+                scope.spawn(|| {
+                    let mut completions = Vec::new();
+                    engine.drain(&mut completions);
+                    assert!(completions.into_iter().all(|completion| completion.result.is_ok()));
+                });
+            }
+        });
         assert!(fs::read(&path).unwrap() == expected, "round {round}");
     }
 }
