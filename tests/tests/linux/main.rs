@@ -4,6 +4,7 @@
 mod boot;
 mod choices;
 mod debian;
+mod discard;
 mod disk;
 mod fio;
 mod kill;
