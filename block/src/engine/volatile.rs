@@ -99,6 +99,14 @@ impl Volatile {
         Ok(Box::new(RingEngine::new(self.clone(), ring, event, "test-io")?))
     }
 
+    /// `fdatasync`, by someone beside the engines.
+    ///
+    /// # Errors
+    /// None.
+    pub fn flush(&self) -> io::Result<()> {
+        Image::flush(self)
+    }
+
     /// Cuts the power, in the middle of whatever goes on. Returns what is on the disk afterwards: of each sector its
     /// stable version or one from the cache, for those are written back at any time and in any order.
     pub fn lose_power(&self) -> Vec<u8> {

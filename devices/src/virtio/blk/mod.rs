@@ -163,7 +163,8 @@ impl Blk {
     }
 
     fn switch_write_cache(&self, on: bool) {
-        if let Err(error) = self.write_cache.switch(on, &self.disk) {
+        let flush = || if self.disk.readonly() { Ok(()) } else { self.disk.flush() };
+        if let Err(error) = self.write_cache.switch(on, flush) {
             let mut limit = self.log.lock().unwrap_or_else(PoisonError::into_inner);
             if let Some(suppressed) = limit.allow(Instant::now()) {
                 let disk = self.disk.id();

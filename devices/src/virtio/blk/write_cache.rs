@@ -5,7 +5,6 @@ use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 
 use block::cache::CacheMode;
-use block::disk::Disk;
 use virtio_bindings::virtio_blk::{VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_FLUSH};
 
 /// Every write is stable when it completes.
@@ -70,12 +69,12 @@ impl WriteCache {
     }
 
     /// Does what the driver wrote to `writeback`, if it may: on, from the next write on, or off. Then writes are answered
-    /// when they are stable from now on, and when this returns those answered before are too: it blocks for as long as a
-    /// flush takes.
+    /// when they are stable from now on, and when this returns those answered before are too: it blocks for as long as
+    /// `flush`, of the disk, takes.
     ///
     /// # Errors
     /// What the host says to the flush. Then the driver's own flushes still reach the host.
-    pub(super) fn switch(&self, on: bool, disk: &Disk) -> io::Result<()> {
+    pub(super) fn switch(&self, on: bool, flush: impl FnOnce() -> io::Result<()>) -> io::Result<()> {
         if !self.switchable.load(Ordering::SeqCst) {
             return Ok(());
         }
@@ -84,8 +83,8 @@ impl WriteCache {
             return Ok(());
         }
         let was_on = self.state.swap(CLOSING, Ordering::SeqCst) != OFF;
-        if was_on && self.mode != CacheMode::Unsafe && !disk.readonly() {
-            disk.flush()?;
+        if was_on && self.mode != CacheMode::Unsafe {
+            flush()?;
         }
         self.set(false);
         Ok(())

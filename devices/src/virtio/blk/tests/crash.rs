@@ -1,5 +1,5 @@
 //! What virtio-blk promises about power failures (virtio 1.2, 5.2.6.2): a write is stable when it is completed and the
-//! disk has no write cache, or when a flush that was sent after its completion is completed. Random requests go through
+//! disk had no write cache all the time, or when a flush that was sent after its completion is completed. Random requests go through
 //! the device and the engines' own code to an image with a volatile cache, whose power fails at a random moment; what is
 //! left must be explained by the requests.
 
@@ -16,6 +16,10 @@ use proptest::test_runner::TestRunner;
 use super::workers::context;
 use super::*;
 
+// virtio 1.2, 5.2.6.
+const DISCARD: u32 = 11;
+const WRITE_ZEROES: u32 = 13;
+
 /// Few, so that requests meet.
 const FEW: usize = 24;
 const QUEUES: u64 = 2;
@@ -28,9 +32,14 @@ const ROOM: u64 = 8 << 10;
 enum Step {
     Write(Transfer),
     Read(Transfer),
+    /// Zeroes that may be unmapped, or may not.
+    Zero(Transfer, bool),
+    Discard(Transfer),
     Flush {
         queue: u64,
     },
+    /// Switches the write cache.
+    Cache(bool),
     /// Tells the device of what was made available since the last time.
     Notify,
     /// The same, and waits until so many requests are used, of any queue.
@@ -54,7 +63,10 @@ fn history() -> impl Strategy<Value = (u64, Vec<Step>)> {
     });
     let step = prop_oneof![
         6 => transfer.clone().prop_map(Step::Write),
-        1 => transfer.prop_map(Step::Read),
+        1 => transfer.clone().prop_map(Step::Read),
+        1 => (transfer.clone(), any::<bool>()).prop_map(|(transfer, unmap)| Step::Zero(transfer, unmap)),
+        1 => transfer.prop_map(Step::Discard),
+        1 => any::<bool>().prop_map(Step::Cache),
         2 => (0..QUEUES).prop_map(|queue| Step::Flush { queue }),
         2 => Just(Step::Notify),
         3 => (1..6_usize).prop_map(Step::Await),
@@ -76,6 +88,11 @@ impl Request {
     fn before(&self, other: &Self) -> bool {
         self.completed.is_some_and(|completed| completed < other.submitted)
     }
+
+    /// Whether sector `sector` is another one afterwards, for certain.
+    fn writes(&self, sector: usize) -> bool {
+        [OUT, WRITE_ZEROES].contains(&self.kind) && self.sectors.contains(&sector)
+    }
 }
 
 /// What write number `id` puts into a sector. No two writes, sectors or words of them are the same; 0 is what was there.
@@ -93,12 +110,16 @@ struct History {
     heads: Vec<HashMap<u16, usize>>,
     /// By number. The first stands for what was there before: it is no request.
     requests: Vec<Request>,
+    /// Since when the disk has a write cache or none, in order.
+    cache: Vec<(u64, bool)>,
     now: u64,
 }
 
 impl History {
-    fn new(features: u64) -> Self {
-        let guest = Guest::new(features);
+    fn new(cache: CacheMode, features: u64) -> Self {
+        let modes = [CacheMode::Writeback, CacheMode::None, CacheMode::Unsafe];
+        let has_cache = modes.contains(&cache) && features & 1 << VIRTIO_BLK_F_FLUSH != 0;
+        let guest = Guest::new(features | 1 << VIRTIO_BLK_F_DISCARD | 1 << VIRTIO_BLK_F_WRITE_ZEROES);
         let ring = |queue| Driver::new(guest.memory.clone(), RINGS + queue * 0x4000, QUEUE_SIZE);
         let drivers = (0..QUEUES).map(ring).collect();
         let origin = Request { kind: OUT, sectors: 0..FEW, data: vec![], status: 0, submitted: 0, completed: Some(0) };
@@ -108,6 +129,7 @@ impl History {
             kicks: (0..QUEUES).map(|_| EventFd::new(EFD_NONBLOCK).unwrap()).collect(),
             heads: vec![HashMap::new(); QUEUES as usize],
             requests: vec![origin],
+            cache: vec![(0, has_cache)],
             now: 0,
         }
     }
@@ -129,10 +151,21 @@ impl History {
         workers.collect()
     }
 
-    fn step(&mut self, step: &Step) -> Result<(), String> {
+    fn step(&mut self, blk: &Blk, image: &Volatile, step: &Step) -> Result<(), String> {
         match step {
             Step::Write(transfer) => self.transfer(OUT, transfer),
             Step::Read(transfer) => self.transfer(IN, transfer),
+            Step::Zero(transfer, unmap) => self.change(WRITE_ZEROES, transfer, *unmap),
+            Step::Discard(transfer) => self.change(DISCARD, transfer, false),
+            Step::Cache(_) if self.guest.features & 1 << VIRTIO_BLK_F_CONFIG_WCE == 0 => {}
+            Step::Cache(on) => {
+                // While it is being switched, it may be on.
+                self.now += 1;
+                self.cache.push((self.now, true));
+                blk.write_cache.switch(*on, || image.flush()).unwrap();
+                self.now += 1;
+                self.cache.push((self.now, *on));
+            }
             // A driver that has not negotiated it must not.
             Step::Flush { .. } if self.guest.features & 1 << VIRTIO_BLK_F_FLUSH == 0 => {}
             Step::Flush { queue } => self.submit(FLUSH, *queue, 0..0, vec![]),
@@ -164,6 +197,16 @@ impl History {
             }
         }
         self.submit(kind, queue, sectors, data);
+    }
+
+    /// One range, as `struct virtio_blk_discard_write_zeroes` (5.2.6).
+    fn change(&mut self, kind: u32, transfer: &Transfer, unmap: bool) {
+        let Transfer { queue, sector, count, .. } = *transfer;
+        let address = DATA + self.requests.len() as u64 * ROOM;
+        self.guest.fill(address, &(sector as u64).to_le_bytes());
+        self.guest.fill(address + 8, &(count as u32).to_le_bytes());
+        self.guest.fill(address + 12, &u32::from(unmap).to_le_bytes());
+        self.submit(kind, queue, sector..sector + count, vec![readable(address, 16)]);
     }
 
     fn submit(&mut self, kind: u32, queue: u64, sectors: std::ops::Range<usize>, data: Vec<Segment>) {
@@ -216,29 +259,35 @@ impl History {
 
     /// Whether the power may fail without a loss of what this write wrote.
     fn stable(&self, write: &Request) -> bool {
-        let has_cache = self.guest.features & 1 << VIRTIO_BLK_F_FLUSH != 0;
-        let flushed = || {
-            self.requests.iter().any(|flush| flush.kind == FLUSH && flush.completed.is_some() && write.before(flush))
-        };
-        write.completed.is_some() && (!has_cache || flushed())
+        let Some(completed) = write.completed else { return false };
+        let last_before = self.cache.iter().rposition(|(since, _)| *since < write.submitted).unwrap();
+        let mut meanwhile = self.cache[last_before..].iter().take_while(|(since, _)| *since <= completed);
+        let flushed = |flush: &Request| flush.kind == FLUSH && flush.completed.is_some() && write.before(flush);
+        // Switching it off makes what was answered before stable.
+        let switched = self.cache.iter().any(|(since, on)| !on && *since > completed + 1);
+        meanwhile.all(|(_, on)| !on) || switched || self.requests.iter().any(flushed)
     }
 
-    /// Every sector of `bytes`, from sector `start` on, is whole from one write, and not from one that a write which is
+    /// Every sector of `bytes`, from sector `start` on, is whole from one request, and not from one that a write which is
     /// `there` came after.
     fn explain(&self, bytes: &[u8], start: usize, there: impl Fn(&Request) -> bool) -> Result<(), String> {
         for (sector, bytes) in (start..).zip(bytes.chunks(512)) {
             let id = u64::from_le_bytes(*bytes.first_chunk().unwrap()) as usize >> 32;
-            let origin = self.requests.get(id).filter(|origin| origin.kind == OUT && origin.sectors.contains(&sector));
-            let Some(origin) = origin.filter(|_| bytes == stamp(id, sector)) else {
-                return Err(format!("sector {sector}: never written: {bytes:x?}"));
+            let is_origin = |(number, request): &(usize, &Request)| {
+                let zeroes = *number == 0 || [DISCARD, WRITE_ZEROES].contains(&request.kind);
+                let right = if id == 0 { zeroes } else { *number == id && request.kind == OUT };
+                right && request.sectors.contains(&sector) && bytes == stamp(id, sector)
             };
-            let over =
-                self.requests.iter().skip(1).filter(|write| write.kind == OUT && write.sectors.contains(&sector));
-            if let Some(lost) = over.filter(|write| there(write)).find(|write| origin.before(write)) {
-                return Err(format!(
-                    "sector {sector}: the write of {} is lost, that of {} is there",
-                    lost.submitted, origin.submitted
-                ));
+            let mut origins = self.requests.iter().enumerate().filter(is_origin).map(|(_, origin)| origin).peekable();
+            if origins.peek().is_none() {
+                return Err(format!("sector {sector}: never written: {bytes:x?}"));
+            }
+            let over = |origin: &Request| {
+                let mut writes = self.requests[1..].iter().filter(|write| write.writes(sector) && there(write));
+                writes.any(|write| origin.before(write))
+            };
+            if origins.all(over) {
+                return Err(format!("sector {sector}: what is there, of request {id} (0: zeroes), was written over"));
             }
         }
         Ok(())
@@ -247,10 +296,10 @@ impl History {
 
 impl fmt::Debug for History {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        for Request { kind, sectors, submitted, completed, .. } in &self.requests[1..] {
-            writeln!(f, "{submitted}..{completed:?}: type {kind}, sectors {sectors:?}")?;
+        for (number, Request { kind, sectors, submitted, completed, .. }) in self.requests.iter().enumerate() {
+            writeln!(f, "{number}: {submitted}..{completed:?}: type {kind}, sectors {sectors:?}")?;
         }
-        Ok(())
+        writeln!(f, "write cache: {:?}", self.cache)
     }
 }
 
@@ -270,9 +319,9 @@ impl Case<'_> {
         let direct = Alignment { memory: 512, block: self.block };
         let alignment = if self.cache.is_direct() { direct } else { Alignment::NONE };
         let image = Volatile::new(FEW, alignment, self.lie, seed);
-        let mut history = History::new(self.features);
+        let mut history = History::new(self.cache, self.features);
         let workers = history.start(&disk, || if self.ring { image.ring() } else { image.pool() });
-        steps.iter().try_for_each(|step| history.step(step))?;
+        steps.iter().try_for_each(|step| history.step(&disk, &image, step))?;
         history.collect()?;
         let left = image.lose_power();
         workers.into_iter().for_each(Worker::stop);
@@ -289,14 +338,20 @@ impl Case<'_> {
     }
 }
 
-/// The cache modes, with what a driver negotiates there: a flush where one is offered, and none.
-const PROMISES: [(CacheMode, u64); 6] = [
+/// A driver that switches the write cache.
+const SWITCHING: u64 = PLAIN | 1 << VIRTIO_BLK_F_CONFIG_WCE;
+
+/// The cache modes, with drivers that flush, that cannot, and that switch the write cache.
+const PROMISES: [(CacheMode, u64); 9] = [
     (CacheMode::Writeback, PLAIN),
     (CacheMode::None, PLAIN),
-    (CacheMode::Writethrough, WITHOUT_FLUSH),
+    (CacheMode::Writethrough, PLAIN),
     (CacheMode::Directsync, WITHOUT_FLUSH),
     (CacheMode::Writeback, WITHOUT_FLUSH),
     (CacheMode::None, WITHOUT_FLUSH),
+    (CacheMode::Writeback, SWITCHING),
+    (CacheMode::None, SWITCHING),
+    (CacheMode::Writethrough, SWITCHING),
 ];
 
 #[test]
@@ -326,6 +381,7 @@ fn what_is_not_kept_is_found() {
         (CacheMode::Writeback, PLAIN, Lie::Flush),
         (CacheMode::Writethrough, WITHOUT_FLUSH, Lie::Durable),
         (CacheMode::None, WITHOUT_FLUSH, Lie::Durable),
+        (CacheMode::None, SWITCHING, Lie::Durable),
     ] {
         for ring in [false, true] {
             let case = Case { image: &image, cache, features, ring, block: 512, lie };

@@ -160,8 +160,7 @@ fn what_is_in_flight_when_it_is_switched_off_becomes_stable() {
     while seen.lock().unwrap().is_empty() {
         std::thread::yield_now();
     }
-    let other = Image::new();
-    cache.switch(false, &Disk::open(&other.path, false, CacheMode::Writeback, "disk1").unwrap()).unwrap();
+    cache.switch(false, || Ok(())).unwrap();
     go.write(1).unwrap();
     while seen.lock().unwrap().len() < 2 {
         std::thread::yield_now();
