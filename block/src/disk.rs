@@ -145,20 +145,24 @@ impl Disk {
     /// # Errors
     /// [`DiskError`] says which of its reasons it is.
     pub fn open(path: &Path, readonly: bool, cache: CacheMode, id: &str) -> Result<Self, DiskError> {
-        let file = open_file(path, readonly, cache.is_direct()).map_err(|error| match error {
-            DiskError::NotDirect { path, .. } => DiskError::NotDirect { path, cache },
-            error => error,
-        })?;
+        let file = open_for(path, readonly, cache)?;
         // First: whoever holds the lock may still be giving the image its size.
         lock_image(&file, path, readonly)?;
+        Self::of(file, path, readonly, cache, id)
+    }
+
+    /// Opens the image at `path` to read from it whoever uses it meanwhile: read-only, and without the lock that
+    /// [`Disk::open`] takes. For looking at it; what is read may be changing.
+    ///
+    /// # Errors
+    /// As [`Disk::open`], except that it cannot be locked.
+    pub fn look(path: &Path, cache: CacheMode, id: &str) -> Result<Self, DiskError> {
+        Self::of(open_for(path, true, cache)?, path, true, cache, id)
+    }
+
+    fn of(file: File, path: &Path, readonly: bool, cache: CacheMode, id: &str) -> Result<Self, DiskError> {
         let size = image_size(&file).map_err(|error| DiskError::Io { path: path.into(), error })?;
-        if size == 0 {
-            return Err(DiskError::Empty(path.into()));
-        }
-        if !size.is_multiple_of(SECTOR_SIZE) {
-            let padded = size.next_multiple_of(SECTOR_SIZE);
-            return Err(DiskError::Size { path: path.into(), size, padded });
-        }
+        check_size(path, size)?;
         let alignment = if cache.is_direct() {
             let found = direct::alignment(&file).map_err(|error| DiskError::Io { path: path.into(), error })?;
             found.ok_or_else(|| DiskError::NotDirect { path: path.into(), cache })?
@@ -223,6 +227,31 @@ impl Disk {
     pub fn flush(&self) -> io::Result<()> {
         self.file.sync_data()
     }
+}
+
+/// Who holds a lock on the image at `path`, in words; `None` if nobody does, or nobody that we can see.
+pub fn user_of(path: &Path) -> Option<String> {
+    let holder = lock::find_holder(&open_file(path, true, false).ok()?)?;
+    Some(format!("process {} ({})", holder.pid, holder.command))
+}
+
+/// Refuses what is not a whole number of sectors, at least one.
+pub(crate) fn check_size(path: &Path, size: u64) -> Result<(), DiskError> {
+    if size == 0 {
+        return Err(DiskError::Empty(path.into()));
+    }
+    if !size.is_multiple_of(SECTOR_SIZE) {
+        let padded = size.next_multiple_of(SECTOR_SIZE);
+        return Err(DiskError::Size { path: path.into(), size, padded });
+    }
+    Ok(())
+}
+
+fn open_for(path: &Path, readonly: bool, cache: CacheMode) -> Result<File, DiskError> {
+    open_file(path, readonly, cache.is_direct()).map_err(|error| match error {
+        DiskError::NotDirect { path, .. } => DiskError::NotDirect { path, cache },
+        error => error,
+    })
 }
 
 /// Opens what may be an image, past the page cache if `direct`.

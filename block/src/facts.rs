@@ -74,6 +74,15 @@ pub struct Host {
 }
 
 impl Facts {
+    /// Whether the image has a size that a disk can have. It may yet get one as long as it is not locked, so it is not looked
+    /// at before.
+    ///
+    /// # Errors
+    /// [`DiskError`] says what is wrong.
+    pub fn check_size(&self) -> Result<(), DiskError> {
+        disk::check_size(&self.path, self.size)
+    }
+
     /// Those of the image at `path`, for a disk of that many `queues`. Opens it read-only, takes no lock and reads a page
     /// or two.
     ///
@@ -82,7 +91,8 @@ impl Facts {
     pub fn gather(path: &Path, queues: u16) -> Result<Self, DiskError> {
         let failed = |error| DiskError::Io { path: path.into(), error };
         let file = disk::open_file(path, true, false)?;
-        let size = disk::image_size(&file).map_err(failed)?;
+        // What has no size is no image, which opening it as a disk says.
+        let size = disk::image_size(&file).unwrap_or(0);
         let stat = file.metadata().map_err(failed)?;
         let kind = if stat.file_type().is_block_device() {
             device(stat.rdev())

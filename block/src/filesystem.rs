@@ -55,6 +55,9 @@ const KNOWN: [(u32, &str, Nature); 22] = [
 ];
 
 impl Filesystem {
+    /// The usual one.
+    pub const EXT4: Self = Self { name: "ext4", nature: Nature::Blocks };
+
     /// That of `file`.
     pub(crate) fn of(file: &File) -> Self {
         // SAFETY: the structure is plain numbers, for which zero is a value.

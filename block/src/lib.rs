@@ -1,5 +1,6 @@
 //! Disk images, their cache modes, and the engines that move their bytes. Knows nothing of virtio or KVM.
 
+pub mod alternatives;
 pub mod cache;
 pub mod choose;
 pub mod direct;
@@ -9,5 +10,6 @@ pub mod extents;
 pub mod facts;
 pub mod filesystem;
 mod lock;
+pub mod measure;
 mod ranges;
 pub mod topology;

@@ -494,6 +494,29 @@ fn no_space_left_is_reported() {
     assert_eq!((report.code, report.count(|line| line.starts_with("not ok blk: writes"))), (Some(FAILED), 1));
 }
 
+/// What is not asked for is chosen as `disk explain` says, works, and is logged in one line.
+#[test]
+fn what_a_disk_runs_on_is_chosen_and_said() {
+    let Some(bench) = Bench::new("what_a_disk_runs_on_is_chosen_and_said") else { return };
+    let (written, log) = (bench.disk("disk.img"), bench.scratch.path().join("log"));
+    let memory = TempDir::new_in("/dev/shm").expect("a scratch directory");
+    let in_memory = Disk(memory.path().join("disk.img"));
+    fs::write(&in_memory.0, written.content()).expect("the scratch disk is written");
+    for disk in [written, in_memory] {
+        let explain = Command::new(skiff()).args(["disk", "explain"]).arg(&disk.0).output().expect("skiff starts");
+        let explanation = String::from_utf8(explain.stdout).expect("text");
+        let choice = explanation.lines().next().and_then(|line| line.split_once(": ")).expect("the choice").1;
+        let (aio, cache) = choice.split_once(", ").expect("engine and cache mode");
+        let _ = fs::remove_file(&log);
+        let arguments = ["--disk", &disk.option(), "-v", "--log-file", log.to_str().expect("a path of ours")];
+        bench.run("test=blk", &arguments).assert_passed("blk", 1);
+        disk.assert_written();
+        let said = fs::read_to_string(&log).expect("the log");
+        let lines: Vec<_> = said.lines().filter(|line| line.contains("disk disk0: ")).collect();
+        assert!(lines.len() == 1 && lines[0].contains(aio) && lines[0].contains(cache), "{choice}: {said}");
+    }
+}
+
 #[test]
 fn doorbells_without_ioeventfd() {
     let Some(bench) = Bench::new("doorbells_without_ioeventfd") else { return };

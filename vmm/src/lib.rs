@@ -7,6 +7,7 @@ pub mod console;
 pub mod cpuid;
 pub mod doctor;
 pub mod exit;
+pub mod explain;
 mod failure;
 pub mod irq;
 pub mod kvm;

@@ -2,6 +2,7 @@
 
 use super::*;
 
+use crate::alternatives::{Alternative, alternatives};
 use crate::direct::Alignment;
 use crate::facts::Host;
 use crate::filesystem::Filesystem;
@@ -154,4 +155,34 @@ fn what_is_asked_for_is_kept_to_or_refused() {
     let host = Host { native: Err(unusable(Native)), ..facts().host };
     let line = refusal(&Facts { host, ..facts() }, native);
     assert!(line.contains("aio=native: forbidden; allow it, or use aio=threads"), "{line}");
+}
+
+/// Only what makes a difference is named, with what it leads to.
+#[test]
+fn what_would_change_it() {
+    let named = |facts: &Facts, wish| {
+        let others = alternatives(facts, wish, &choose(facts, wish).unwrap());
+        let line = |it: Alternative| {
+            format!("{} -> {} {}", it.change, it.choice.engines.best().name(), it.choice.cache.name())
+        };
+        others.into_iter().map(line).collect::<Vec<_>>()
+    };
+    assert_eq!(named(&facts(), AUTO), [""; 0]);
+    let sparse = Facts { kind: on(Nature::Blocks, Blocks::Sparse { allocated: 0 }), ..facts() };
+    let written = "had every byte its block (fallocate -l 1048576 disk.img) -> native none";
+    assert_eq!(named(&sparse, AUTO), ["with readonly=on -> native none", written]);
+    let shared = Facts { kind: on(Nature::Blocks, Blocks::Shared), ..facts() };
+    assert!(named(&shared, AUTO)[1].contains("cp --reflink=never disk.img COPY) -> native none"));
+    let host = Host { native: Err(unusable(Native)), ..facts().host };
+    assert_eq!(named(&Facts { host, ..facts() }, AUTO), ["were linux-aio usable (allow it) -> native none"]);
+    let elsewhere =
+        Facts { kind: on(Nature::Memory, Blocks::Written), direct: Direct::Missing, nowait: false, ..facts() };
+    assert_eq!(named(&elsewhere, AUTO), ["on a filesystem such as ext4 or xfs -> native none"]);
+    let coarse = Direct::Works(Alignment { memory: 4096, block: 4096 });
+    let cut = Facts { size: 512, direct: coarse, ..facts() };
+    assert!(
+        named(&cut, AUTO).contains(&"were the last block whole (truncate -s 4096 disk.img) -> native none".to_owned())
+    );
+    let asked = Wish { aio: Some(Threads), ..AUTO };
+    assert_eq!(named(&facts(), asked), ["left to skiff (aio=auto, cache=auto) -> native none"]);
 }

@@ -42,7 +42,7 @@ mod tests {
     fn every_shell_gets_the_flags() {
         for shell in Shell::value_variants() {
             let script = script(*shell);
-            for word in ["run", "doctor", "kernel", "boot-protocol"] {
+            for word in ["run", "doctor", "explain", "kernel", "boot-protocol"] {
                 assert!(script.contains(word), "{shell} lacks {word}");
             }
         }

@@ -44,8 +44,13 @@ impl ManArgs {
 fn pages() -> io::Result<Vec<(String, String)>> {
     let mut skiff = Cli::command().disable_help_subcommand(true);
     skiff.build();
-    let commands = skiff.get_subcommands().cloned().collect::<Vec<_>>();
-    std::iter::once(skiff).chain(commands).map(page).collect()
+    with_subcommands(skiff).into_iter().map(page).collect()
+}
+
+/// `command`, then the commands below it.
+fn with_subcommands(command: Command) -> Vec<Command> {
+    let below: Vec<_> = command.get_subcommands().filter(|below| below.get_name() != "help").cloned().collect();
+    std::iter::once(command).chain(below.into_iter().flat_map(with_subcommands)).collect()
 }
 
 fn page(command: Command) -> io::Result<(String, String)> {
@@ -94,7 +99,20 @@ mod tests {
     fn a_page_for_every_command() {
         let pages = pages().unwrap();
         let names: Vec<&str> = pages.iter().map(|page| page.0.as_str()).collect();
-        assert_eq!(names, ["skiff.1", "skiff-run.1", "skiff-doctor.1", "skiff-completions.1", "skiff-man.1"]);
+        assert_eq!(
+            names,
+            [
+                "skiff.1",
+                "skiff-run.1",
+                "skiff-bench.1",
+                "skiff-disk.1",
+                "skiff-disk-explain.1",
+                "skiff-disk-engines.1",
+                "skiff-doctor.1",
+                "skiff-completions.1",
+                "skiff-man.1"
+            ]
+        );
         let run = &pages[1].1;
         for word in [".TH skiff-run 1", "\\-\\-kernel", ".SH EXAMPLES", ".SH EXIT CODES", "triple fault"] {
             assert!(run.contains(word), "{word}");

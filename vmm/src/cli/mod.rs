@@ -3,6 +3,7 @@
 
 mod bench;
 mod completions;
+mod disk;
 mod doctor;
 mod log;
 mod man;
@@ -31,6 +32,7 @@ struct Cli {
 enum Command {
     Run(Box<run::RunArgs>),
     Bench(Box<bench::BenchArgs>),
+    Disk(disk::DiskArgs),
     Doctor(doctor::DoctorArgs),
     Completions(completions::CompletionsArgs),
     Man(man::ManArgs),
@@ -45,6 +47,8 @@ Examples:
     skiff run --config vm.toml --memory 4G
   Which engine is the fastest for disks in this folder:
     skiff bench --dir /var/lib/images
+  See on what a disk would run, and why:
+    skiff disk explain root.img
   Check whether this host can run virtual machines:
     skiff doctor";
 
@@ -91,6 +95,7 @@ fn command(cli: Cli) -> Result<u8, Failure> {
     match cli.command {
         Command::Run(args) => args.run(),
         Command::Bench(args) => args.run(),
+        Command::Disk(args) => args.run(),
         Command::Doctor(args) => args.run(),
         Command::Completions(args) => args.run(),
         Command::Man(args) => args.run(),
@@ -162,8 +167,8 @@ mod tests {
             ("runn", "unrecognized subcommand 'runn'; a similar subcommand exists: 'run'; see --help"),
             (
                 "",
-                "'skiff' requires a subcommand but one was not provided; [subcommands: run, bench, doctor, completions, man, help]; \
-                 see --help",
+                "'skiff' requires a subcommand but one was not provided; [subcommands: run, bench, disk, doctor, completions, man, \
+                 help]; see --help",
             ),
             ("completions", "the following required arguments were not provided: <SHELL>; see --help"),
         ] {
