@@ -144,6 +144,51 @@ fn children(process: u32) -> Vec<u32> {
 }
 
 #[test]
+fn pinned_vcpus_have_a_cpu_of_their_own() {
+    let name = "pinned_vcpus_have_a_cpu_of_their_own";
+    if !kvm(name) {
+        return;
+    }
+    let folder = scratch();
+    let list = |path: &Path| {
+        let status = fs::read_to_string(path.join("status")).ok()?;
+        Some(status.lines().find_map(|line| line.strip_prefix("Cpus_allowed_list:"))?.trim().to_owned())
+    };
+    let ours = list(Path::new("/proc/self")).expect("a list of CPUs");
+    if ours.parse::<u32>().is_ok() {
+        let _ = writeln!(std::io::stderr(), "SKIPPED bench::{name}: one CPU");
+        return;
+    }
+    let mut words = small(folder.path());
+    words.extend(["--pin", "--vs=none", "--engines=threads", "--cache=none", "--depths=1"].map(str::to_owned));
+    words.iter_mut().filter(|word| *word == "0.1").for_each(|word| "2".clone_into(word));
+    let mut bench = bench(&words.iter().map(String::as_str).collect::<Vec<_>>())
+        .stdout(Stdio::null())
+        .spawn()
+        .expect("skiff starts");
+    // Until a vCPU is alone on its CPU, or the end.
+    let mut alone = None;
+    while alone.is_none() && bench.try_wait().expect("its end").is_none() {
+        for child in children(bench.id()) {
+            let threads = fs::read_dir(format!("/proc/{child}/task")).into_iter().flatten().filter_map(Result::ok);
+            let places: Vec<_> = threads
+                .filter_map(|thread| {
+                    let name = fs::read_to_string(thread.path().join("comm")).ok()?;
+                    Some((name.starts_with("vcpu"), list(&thread.path())?))
+                })
+                .collect();
+            let of = |vcpu: bool| places.iter().filter(move |place| place.0 == vcpu).map(|place| &place.1);
+            if of(true).next().is_some_and(|cpu| cpu.parse::<u32>().is_ok() && of(false).all(|other| other != cpu)) {
+                alone = of(true).next().cloned();
+            }
+        }
+        thread::sleep(Duration::from_millis(10));
+    }
+    assert_eq!(bench.wait().expect("its end").code(), Some(0));
+    assert!(alone.is_some(), "no vCPU was pinned");
+}
+
+#[test]
 fn an_interrupt_ends_it_with_what_there_is() {
     if !kvm("an_interrupt_ends_it_with_what_there_is") {
         return;

@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
 
+use super::pin::Pin;
 use super::plan::{Cell, Subject};
 use super::sample::{GuestReport, Sample};
 use super::usage::Usage;
@@ -40,6 +41,7 @@ pub(super) struct Machines<'a> {
     pub(super) tsc_khz: u32,
     pub(super) timing: Timing,
     pub(super) seed: u64,
+    pub(super) pin: Option<Pin>,
     pub(super) stop: &'a AtomicBool,
 }
 
@@ -58,7 +60,7 @@ impl Machines<'_> {
         let child =
             command.spawn().with_context(|| format!("{} cannot be started", command.get_program().display()))?;
         Conversation::new(child, self.stop, HUNG + self.timing.warm_up + self.timing.runtime)
-            .measure(self.tsc_khz)
+            .measure(self.tsc_khz, self.pin.as_ref())
             .with_context(|| format!("{} under {}", describe(cell), subject.name()))
     }
 
@@ -175,8 +177,11 @@ impl<'a> Conversation<'a> {
         Self { child, stdin, lines, stop, patience, last: String::new() }
     }
 
-    fn measure(&mut self, tsc_khz: u32) -> anyhow::Result<Sample> {
+    fn measure(&mut self, tsc_khz: u32, pin: Option<&Pin>) -> anyhow::Result<Sample> {
         self.wait_for(|line| (line == "# bench ready").then_some(()))?;
+        if let Some(pin) = pin {
+            pin.vcpus(&Usage::of(self.child.id())?)?;
+        }
         let before = Usage::of(self.child.id())?;
         self.stdin.write_all(b"\n")?;
         self.wait_for(|line| (line == "# bench done").then_some(()))?;

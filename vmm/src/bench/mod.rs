@@ -5,10 +5,12 @@
 //! Measurements of one cell stand next to each other in time, and each round has its own order: what disturbs the host
 //! disturbs all that are compared. docs/bench.md describes the JSON form of the results.
 
+mod csv;
 mod host;
 mod image;
 mod machine;
 mod manifest;
+mod pin;
 mod plan;
 mod sample;
 mod stats;
@@ -32,6 +34,7 @@ pub use stats::{Middle, NOISE};
 
 use image::{Image, Nameless};
 use machine::{Machines, Timing};
+use pin::Pin;
 
 /// The version of the JSON form.
 const SCHEMA: u32 = 1;
@@ -158,13 +161,14 @@ pub fn run(plan: &Plan, stop: &AtomicBool, mut progress: impl FnMut(&Progress)) 
     if plan.against.contains(&Subject::Qemu) {
         find_qemu()?;
     }
+    let pin = if plan.pin { Some(Pin::this_process()?) } else { None };
     let mut report = Progress { done: 0, total: plan.measurements(), elapsed: Duration::ZERO, next: None };
     progress(&report);
     let images = prepare(plan, stop)?;
     let guest = Nameless::new(plan.place.folder())?;
     guest.write_all(guest::ELF).context("--dir: the guest has no room there")?;
     let timing = Timing { warm_up: plan.warm_up, runtime: plan.runtime };
-    let machines = Machines { guest: guest.path(), tsc_khz, timing, seed: plan.seed, stop };
+    let machines = Machines { guest: guest.path(), tsc_khz, timing, seed: plan.seed, pin, stop };
     let mut cells: Vec<Measured> = plan.axes.cells().into_iter().map(Measured::new).collect();
     let start = Instant::now();
     'all: for round in 0..plan.repeat {

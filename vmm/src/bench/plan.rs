@@ -1,6 +1,7 @@
 //! What is measured: the cells of the table, and against what.
 
 use std::path::PathBuf;
+use std::slice;
 use std::time::Duration;
 
 use block::cache::CacheMode;
@@ -97,8 +98,8 @@ fn cache_name<S: Serializer>(cache: &CacheMode, to: S) -> Result<S::Ok, S::Error
 pub struct Axes {
     /// See [`Work::content`].
     pub contents: Vec<Content>,
-    /// See [`Work::rw`].
-    pub mixes: Vec<Mix>,
+    /// See [`Work::rw`], with a block size of its own or in each of `blocks`.
+    pub mixes: Vec<(Mix, Option<u32>)>,
     /// See [`Work::bs`].
     pub blocks: Vec<u32>,
     /// See [`Work::depth`].
@@ -118,8 +119,8 @@ impl Axes {
     fn works(&self) -> Vec<Work> {
         let mut works = Vec::new();
         for &content in &self.contents {
-            for &rw in &self.mixes {
-                for &bs in &self.blocks {
+            for &(rw, own) in &self.mixes {
+                for &bs in own.as_ref().map_or(self.blocks.as_slice(), slice::from_ref) {
                     for &depth in &self.depths {
                         works.extend(self.queues.iter().map(|&queues| Work { content, rw, bs, depth, queues }));
                     }
@@ -194,6 +195,8 @@ pub struct Plan {
     pub repeat: u32,
     /// What skiff is compared with.
     pub against: Vec<Subject>,
+    /// Keep the vCPU on one CPU and everything else off it.
+    pub pin: bool,
     /// Of the order of the cells and of the operations.
     pub seed: u64,
 }
@@ -218,7 +221,7 @@ mod tests {
     fn cells_are_all_combinations_that_exist() {
         let axes = Axes {
             contents: vec![Content::Written, Content::Hole],
-            mixes: vec![Mix::RandRead],
+            mixes: vec![(Mix::RandRead, None), (Mix::Read, Some(1 << 20))],
             blocks: vec![4096, 65536],
             depths: vec![1, 32],
             queues: vec![1],
@@ -228,7 +231,9 @@ mod tests {
         };
         let cells = axes.cells();
         // Three engines in two cache modes, less native through the page cache.
-        assert_eq!(cells.len(), 2 * 2 * 2 * 5);
+        assert_eq!(cells.len(), 2 * (2 + 1) * 2 * 5);
+        let large = |cell: &Cell| cell.work.bs == 1 << 20;
+        assert!(cells.iter().all(|cell| large(cell) == (cell.work.rw == Mix::Read)));
         assert!(cells.iter().all(|cell| cell.way.aio != Aio::Native || cell.way.cache == CacheMode::None));
         assert!(cells[..5].iter().all(|cell| cell.work == cells[0].work), "one kind of work together");
     }

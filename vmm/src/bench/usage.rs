@@ -54,6 +54,11 @@ impl Usage {
         }
         sum
     }
+
+    /// The numbers of the threads whose names `mine` accepts.
+    pub(super) fn ids(&self, mine: impl Fn(&str) -> bool) -> impl Iterator<Item = &str> {
+        self.0.iter().filter(move |thread| mine(&thread.name)).map(|thread| thread.id.as_str())
+    }
 }
 
 fn thread(folder: &Path) -> Option<Thread> {
@@ -91,6 +96,7 @@ mod tests {
         let after = Usage::of(std::process::id()).unwrap();
         let used = after.since(&before, |name| name == "usage-busy");
         assert!(used.cpu > 0 && used.switches > 0, "{used:?}");
+        assert_eq!(after.ids(|name| name == "usage-busy").count(), 1);
         assert_eq!(after.since(&before, |name| name == "usage-none"), Used::default());
         drop(go);
         worker.unwrap().join().unwrap();

@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::io::{self, IsTerminal, Write};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::Duration;
@@ -37,6 +37,7 @@ Exit codes:
   0    everything was measured
   1    something failed, or it was interrupted; what was measured is shown
   2    usage")]
+#[expect(clippy::struct_excessive_bools, reason = "each is a flag")]
 pub(super) struct BenchArgs {
     /// Measure this image or block device
     #[arg(long, value_name = "PATH", value_hint = ValueHint::FilePath, conflicts_with_all = ["dir", "size", "content"])]
@@ -66,8 +67,10 @@ pub(super) struct BenchArgs {
     #[arg(long, value_name = "LIST", value_delimiter = ',', value_parser = block_size)]
     bs: Option<Vec<u32>>,
     /// Operations: randread, randwrite, read, write, randrw [default: randread; with --full all but randrw]
+    ///
+    /// One may have a block size of its own, as in read:1M; for the others it is that of --bs.
     #[arg(long, value_name = "LIST", value_delimiter = ',', value_parser = mix)]
-    rw: Option<Vec<Mix>>,
+    rw: Option<Vec<(Mix, Option<u32>)>>,
     /// Queues of the disk, 1 to 16 [default: 1; with --full 1,4]
     #[arg(long, value_name = "LIST", value_delimiter = ',', value_parser = clap::value_parser!(u16).range(1..=16))]
     queues: Option<Vec<u16>>,
@@ -89,12 +92,18 @@ pub(super) struct BenchArgs {
     /// A large set of cells: an hour or more
     #[arg(long)]
     full: bool,
+    /// Keep the vCPU on the first CPU and everything else off it
+    #[arg(long)]
+    pin: bool,
     /// Of the order of cells and operations
     #[arg(long, value_name = "N", default_value_t = 1)]
     seed: u64,
     /// Write the results into this file too, as JSON
     #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
     json: Option<PathBuf>,
+    /// Write every measurement into this file too, as comma-separated values
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
+    csv: Option<PathBuf>,
 }
 
 impl BenchArgs {
@@ -109,9 +118,8 @@ impl BenchArgs {
             eprint!("\r\x1b[K");
         }
         super::print(&results.to_string())?;
-        if let Some(path) = &self.json {
-            fs::write(path, results.to_json() + "\n").with_context(|| format!("--json {}", path.display()))?;
-        }
+        write("--json", self.json.as_deref(), || results.to_json() + "\n")?;
+        write("--csv", self.csv.as_deref(), || results.to_csv())?;
         let well = results.complete && results.cells.iter().all(|cell| cell.errors.is_empty());
         Ok(u8::from(!well))
     }
@@ -124,7 +132,7 @@ impl BenchArgs {
         };
         let usage = |line: String| Err(Failure::Usage(line));
         if let Some(path) = &self.disk
-            && let Some(mix) = axes.mixes.iter().find(|mix| mix.writes())
+            && let Some(mix) = axes.mixes.iter().map(|(mix, _)| mix).find(|mix| mix.writes())
             && !self.destructive
         {
             let (mix, path) = (mix.name(), path.display());
@@ -132,7 +140,7 @@ impl BenchArgs {
                 "--rw {mix} would overwrite {path}; say --destructive if nobody needs what is on it"
             ));
         }
-        let largest = axes.blocks.iter().copied().max().unwrap_or_default();
+        let largest = axes.cells().iter().map(|cell| cell.work.bs).max().unwrap_or_default();
         match place {
             Place::Own(_, size) if size < largest.into() || size % 4096 != 0 => {
                 return usage("--size: at least one block, and a multiple of 4K".to_owned());
@@ -152,6 +160,7 @@ impl BenchArgs {
             warm_up: runtime / 10,
             repeat: self.repeat.unwrap_or(3),
             against: against.map(|(_, subject)| subject).collect(),
+            pin: self.pin,
             seed: self.seed,
         })
     }
@@ -161,10 +170,10 @@ impl BenchArgs {
             said.cloned().unwrap_or_else(|| if full { all } else { few }.to_vec())
         }
         let (full, own) = (self.full && !self.quick, [Content::Written, Content::Hole]);
-        let mixes = [Mix::RandRead, Mix::RandWrite, Mix::Read, Mix::Write];
+        let mixes = [Mix::RandRead, Mix::RandWrite, Mix::Read, Mix::Write].map(|mix| (mix, None));
         // Without --destructive an image of the user's is only read.
         let all_mixes: Vec<_> =
-            mixes.into_iter().filter(|mix| self.disk.is_none() || self.destructive || !mix.writes()).collect();
+            mixes.into_iter().filter(|(mix, _)| self.disk.is_none() || self.destructive || !mix.writes()).collect();
         let ioeventfds = self.ioeventfd.as_ref().map(|said| said.iter().map(|word| word == "on").collect::<Vec<_>>());
         let contents = or(self.content.as_ref(), full, &own, &own[..1]);
         Axes {
@@ -183,6 +192,12 @@ impl BenchArgs {
             ioeventfds: or(ioeventfds.as_ref(), full, &[true], &[true]),
         }
     }
+}
+
+/// Writes a file that was asked for.
+fn write(flag: &str, path: Option<&Path>, text: impl FnOnce() -> String) -> anyhow::Result<()> {
+    let Some(path) = path else { return Ok(()) };
+    fs::write(path, text()).with_context(|| format!("{flag} {}", path.display()))
 }
 
 /// One line on a terminal that is written over; nothing elsewhere.
@@ -224,8 +239,10 @@ fn cache(text: &str) -> Result<CacheMode, String> {
     named(text, &CacheMode::ALL, CacheMode::name)
 }
 
-fn mix(text: &str) -> Result<Mix, String> {
-    named(text, &Mix::ALL, Mix::name)
+/// A mix, and the block size behind a colon.
+fn mix(text: &str) -> Result<(Mix, Option<u32>), String> {
+    let (name, block) = text.split_once(':').map_or((text, None), |(name, block)| (name, Some(block)));
+    Ok((named(name, &Mix::ALL, Mix::name)?, block.map(block_size).transpose()?))
 }
 
 fn block_size(text: &str) -> Result<u32, String> {
@@ -271,12 +288,12 @@ mod tests {
     fn lists() {
         let plan = plan(
             "--dir /d --size 64M --content hole,written --engines io_uring,native --cache none --depths 1,128 --bs 512,1M \
-             --rw read,randrw --queues 1,4 --ioeventfd on,off --runtime 0.5s --repeat 2 --vs none --seed 9",
+             --rw read:64K,randrw --queues 1,4 --ioeventfd on,off --runtime 0.5s --repeat 2 --vs none --pin --seed 9",
         )
         .unwrap();
         let axes = Axes {
             contents: vec![Content::Hole, Content::Written],
-            mixes: vec![Mix::Read, Mix::RandRw],
+            mixes: vec![(Mix::Read, Some(64 << 10)), (Mix::RandRw, None)],
             blocks: vec![512, 1 << 20],
             depths: vec![1, 128],
             queues: vec![1, 4],
@@ -286,7 +303,7 @@ mod tests {
         };
         let (runtime, warm_up) = (Duration::from_millis(500), Duration::from_millis(50));
         let place = Place::Own("/d".into(), 64 << 20);
-        assert_eq!(plan, Plan { axes, place, runtime, warm_up, repeat: 2, against: Vec::new(), seed: 9 });
+        assert_eq!(plan, Plan { axes, place, runtime, warm_up, repeat: 2, against: Vec::new(), pin: true, seed: 9 });
     }
 
     #[test]
@@ -296,7 +313,7 @@ mod tests {
             assert!(error.contains("would overwrite /dev/vdb; say --destructive"), "{error}");
             assert!(plan(&format!("--disk /dev/vdb --rw {rw} --destructive")).is_ok());
         }
-        assert!(plan("--disk /dev/vdb --full").unwrap().axes.mixes.iter().all(|mix| !mix.writes()));
+        assert!(plan("--disk /dev/vdb --full").unwrap().axes.mixes.iter().all(|(mix, _)| !mix.writes()));
         assert!(plan("--destructive").is_err());
     }
 
@@ -312,6 +329,8 @@ mod tests {
             ("--depths 0", "0 is not in 1..=1024"),
             ("--runtime 0", "seconds between 0.01 and 3600"),
             ("--size 4K --bs 8K", "--size: at least one block"),
+            ("--size 4K --rw read:1M", "--size: at least one block"),
+            ("--rw read:1000", "a multiple of 512 bytes"),
             ("--engines native --cache writeback", "--engines native goes past the page cache"),
             ("--quick --full", "cannot be used with"),
             ("--disk x --dir y", "cannot be used with"),

@@ -39,7 +39,7 @@ fn measured(bs: u32, aio: Aio, ioeventfd: bool, pairs: &[(f64, f64)]) -> Measure
 fn manifest() -> Manifest {
     let axes = Axes {
         contents: vec![Content::Written],
-        mixes: vec![Mix::RandRead],
+        mixes: vec![(Mix::RandRead, None)],
         blocks: vec![4096],
         depths: vec![32],
         queues: vec![1],
@@ -49,7 +49,7 @@ fn manifest() -> Manifest {
     };
     let place = Place::Own("/nonexistent".into(), 1 << 30);
     let (runtime, warm_up) = (Duration::from_secs(1), Duration::ZERO);
-    let plan = Plan { axes, place, runtime, warm_up, repeat: 3, against: vec![Subject::Host], seed: 7 };
+    let plan = Plan { axes, place, runtime, warm_up, repeat: 3, against: vec![Subject::Host], pin: false, seed: 7 };
     let manifest = Manifest::new(&plan);
     let (kernel, processor) = ("6.1".to_owned(), "A processor".to_owned());
     Manifest { skiff: "0.1.0", kernel, processor, cpus: 2, kvm: Some(KvmKind::Hardware), ..manifest }
@@ -106,6 +106,19 @@ fn the_json_form_is_the_documented_one() {
     }
     assert_eq!(json["cells"][0]["summary"]["host"]["ratio"]["median"], 0.5);
     assert_eq!(json["cells"][0]["aio"], "native");
+}
+
+#[test]
+fn comma_separated_values() {
+    let cells = vec![measured(4096, Aio::Native, false, &[(50.0, 100.0), (60.0, 100.0)])];
+    let csv = Results { schema: 1, complete: true, manifest: manifest(), cells }.to_csv();
+    let lines: Vec<&str> = csv.strip_suffix("\r\n").unwrap().split("\r\n").collect();
+    assert_eq!(lines.len(), 1 + 4);
+    let ours = "written,randread,4096,32,1,native,none,off,2,skiff,1,1000,60,245760,50,20,40,123.45,200,1000,20,3.456,0.5,0.25,0";
+    let host =
+        "written,randread,4096,32,1,native,none,off,2,host,1,1000,100,409600,50,20,40,123.45,200,1000,,3.456,0.5,,";
+    assert_eq!(lines[3..], [ours, host]);
+    assert!(lines.iter().all(|line| line.split(',').count() == lines[0].split(',').count()));
 }
 
 /// The paths of all fields, those of every subject under the name SUBJECT.
