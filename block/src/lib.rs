@@ -12,4 +12,5 @@ pub mod filesystem;
 mod lock;
 pub mod measure;
 mod ranges;
+pub mod throttle;
 pub mod topology;

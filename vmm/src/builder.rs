@@ -207,6 +207,7 @@ impl VmBuilder<'_> {
                 merge: config.merge,
                 unmap: config.discard == Discard::Unmap,
                 statistics: self.resources.statistics[number].clone(),
+                limits: config.limits,
                 errors: Some(Errors { read: config.rerror, write: config.werror, pause: self.pause.clone() }),
             };
             let device: Box<dyn VirtioDevice> = Box::new(Blk::new(open.disk.clone(), &options));

@@ -48,7 +48,9 @@ pub(super) struct RunArgs {
     /// [default: on], discard=unmap|ignore (unmap: what the guest discards is given back to the host) [default: unmap],
     /// rerror=report|ignore|stop and werror=report|ignore|stop|enospc (what an error of the host does to
     /// reads, and to all else: stop pauses the machine until Ctrl-A c or SIGUSR2, then it is tried again; enospc stops only
-    /// when there is no space left) [default: report].
+    /// when there is no space left) [default: report], iops=N, iops-rd=N, iops-wr=N, bps=SIZE, bps-rd=SIZE, bps-wr=SIZE (at
+    /// most so many requests or bytes a second, all or reads or writes; queues share them), burst=TIME (what an idle disk may
+    /// save up of them) [default: 100ms].
     #[arg(long, value_name = "path=FILE[,KEY=VALUE]...", value_hint = clap::ValueHint::FilePath)]
     disk: Vec<String>,
     /// What COM1 is connected to [default: stdio]

@@ -13,6 +13,7 @@ use std::path::Path;
 
 use block::cache::CacheMode;
 use block::engine::Aio;
+use block::throttle::Limits;
 use toml::de::{DeTable, DeValue};
 
 use super::list::{self, Setting, Settings};
@@ -203,6 +204,9 @@ pub fn to_toml(vm: &VmConfig) -> Result<String, ConfigError> {
         line(&mut out, "ioeventfd", disk.ioeventfd);
         line(&mut out, "rerror", text(disk.rerror.name()));
         line(&mut out, "werror", text(disk.werror.name()));
+        if let Some(limits) = &disk.limits {
+            write_limits(&mut out, limits);
+        }
         line(&mut out, "queues", disk.queues);
         line(&mut out, "queue-size", disk.queue_size);
         line(&mut out, "poll-us", disk.poll.as_micros());
@@ -214,6 +218,21 @@ pub fn to_toml(vm: &VmConfig) -> Result<String, ConfigError> {
         line(&mut out, "format", text("raw"));
     }
     Ok(out)
+}
+
+fn write_limits(out: &mut String, limits: &Limits) {
+    let Limits { requests, bytes, burst } = limits;
+    for (key, rate) in [("iops", requests.total), ("iops-rd", requests.read), ("iops-wr", requests.write)] {
+        if let Some(rate) = rate {
+            line(out, key, rate);
+        }
+    }
+    for (key, rate) in [("bps", bytes.total), ("bps-rd", bytes.read), ("bps-wr", bytes.write)] {
+        if let Some(rate) = rate {
+            line(out, key, text(&format_size(rate.get())));
+        }
+    }
+    line(out, "burst", text(&format!("{}ms", burst.as_millis())));
 }
 
 fn line(out: &mut String, key: &str, value: impl Display) {
@@ -236,8 +255,10 @@ fn path(path: &Path) -> Result<&str, ConfigError> {
 mod tests {
     use super::*;
     use crate::config::{BootProtocol, Discard, DiskConfig, MemoryConfig};
+    use block::throttle::Rates;
     use devices::virtio::blk::errors::OnError;
     use proptest::prelude::*;
+    use std::num::NonZeroU64;
     use std::path::PathBuf;
     use std::time::Duration;
 
@@ -284,6 +305,7 @@ mod tests {
             aio: if id == "data" { Some(Aio::IoUring) } else { None },
             cache: if id == "data" { Some(CacheMode::None) } else { None },
             ioeventfd: true,
+            limits: None,
             rerror: OnError::Report,
             werror: if id == "data" { OnError::Stop } else { OnError::Report },
             queues: if id == "data" { 3 } else { 2 },
@@ -345,7 +367,8 @@ mod tests {
                 "[[disk]]\npath = \"a\"\nfile = \"b\"\n",
                 "/vms/vm.toml:3: disk: unknown key \"file\" \
                  (keys: path, readonly, serial, id, format, aio, cache, ioeventfd, queues, queue-size, \
-                 poll-us, merge, discard, rerror, werror)",
+                 poll-us, merge, discard, rerror, werror, \
+                 iops, iops-rd, iops-wr, bps, bps-rd, bps-wr, burst)",
             ),
             (
                 "disk = \"root.img\"\n",
@@ -401,16 +424,27 @@ mod tests {
     }
 
     prop_compose! {
+        fn any_limits()(rates in proptest::array::uniform6(0..3_u64), burst in 0..=60_000_u64) -> Option<Limits> {
+            let rate = |at: usize, unit: u64| NonZeroU64::new(rates[at] * unit);
+            let rates = |at, unit| Rates { total: rate(at, unit), read: rate(at + 1, unit), write: rate(at + 2, unit) };
+            let (requests, bytes) = (rates(0, 500), rates(3, 3 << 10));
+            let any = (requests, bytes) != Default::default();
+            any.then_some(Limits { requests, bytes, burst: Duration::from_millis(burst) })
+        }
+    }
+
+    prop_compose! {
         fn any_disk()(
             path in any_path(), id in "d[a-z0-9._-]{0,8}", serial in proptest::option::of("[ -~]{1,20}"),
             readonly: bool, ioeventfd: bool, (aio, cache) in any_engine(), queues in 1..=64_u16,
             rerror in proptest::sample::select(&OnError::READS[..]), werror in proptest::sample::select(&OnError::WRITES[..]),
             queue_size in (2..=10).prop_map(|shift| 1_u16 << shift),
             poll in (0..=10_000_u64).prop_map(Duration::from_micros), merge: bool,
-            discard in proptest::sample::select(&Discard::ALL[..]),
+            discard in proptest::sample::select(&Discard::ALL[..]), limits in any_limits(),
         ) -> DiskConfig {
             DiskConfig {
                 path, id, serial, readonly, aio, cache, ioeventfd, queues, queue_size, poll, merge, discard, rerror, werror,
+                limits,
             }
         }
     }

@@ -18,6 +18,7 @@ use std::time::Duration;
 
 use block::cache::CacheMode;
 use block::engine::Aio;
+use block::throttle::Limits;
 use devices::virtio::blk::errors::OnError;
 
 pub use file::{KEYS, to_toml};
@@ -145,6 +146,8 @@ pub struct DiskConfig {
     pub rerror: OnError,
     /// The same for everything else.
     pub werror: OnError,
+    /// What the disk may do at most: at least one rate, bytes in multiples of 1 KiB, whole milliseconds of burst.
+    pub limits: Option<Limits>,
 }
 
 /// What becomes of what a guest discards.

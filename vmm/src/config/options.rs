@@ -1,7 +1,10 @@
 //! The options that are lists of settings: `--memory`, `--disk`, `--serial`. Used on the main thread.
 
+use std::num::NonZeroU64;
+
 use block::cache::CacheMode;
 use block::engine::Aio;
+use block::throttle::{BURST, Limits, Rates};
 use devices::virtio::blk::QUEUE_SIZE;
 use devices::virtio::blk::errors::OnError;
 
@@ -15,7 +18,7 @@ use super::{Discard, MemoryConfig, SerialConfig};
 pub const MEMORY_KEYS: [&str; 4] = ["size", "hugepages", "prefault", "shared"];
 
 /// The keys of `--disk`; the first may be left out.
-pub const DISK_KEYS: [&str; 15] = [
+pub const DISK_KEYS: [&str; 22] = [
     "path",
     "readonly",
     "serial",
@@ -31,6 +34,13 @@ pub const DISK_KEYS: [&str; 15] = [
     "discard",
     "rerror",
     "werror",
+    "iops",
+    "iops-rd",
+    "iops-wr",
+    "bps",
+    "bps-rd",
+    "bps-wr",
+    "burst",
 ];
 
 /// What `--serial` can be connected to; the first two take a path.
@@ -94,6 +104,7 @@ pub(super) fn disk(settings: &Settings) -> Result<DiskRequest, ConfigError> {
         queue_size: settings.value("queue-size", value::queue_size)?.unwrap_or(QUEUE_SIZE),
         poll: settings.value("poll-us", value::poll)?.unwrap_or_default(),
         merge: settings.switch("merge", true)?,
+        limits: limits(settings)?,
         discard: choice(settings, "discard", None, &Discard::ALL, Discard::name)?.unwrap_or_default(),
         place: settings.place().clone(),
     })
@@ -132,6 +143,23 @@ fn offered(settings: &Settings, key: &str, offered: &[&str], known: &[&str]) -> 
         (true, _) => setting.error(format_args!("this build offers {here}")),
         (false, _) => setting.error(format_args!("no such {key}; this build offers {here}")),
     })
+}
+
+fn limits(settings: &Settings) -> Result<Option<Limits>, ConfigError> {
+    let rates = |keys: [&str; 3], parse: fn(&str) -> Result<NonZeroU64, String>| {
+        let [total, read, write] = keys.map(|key| settings.value(key, parse));
+        Ok::<_, ConfigError>(Rates { total: total?, read: read?, write: write? })
+    };
+    let requests = rates(["iops", "iops-rd", "iops-wr"], value::iops)?;
+    let bytes = rates(["bps", "bps-rd", "bps-wr"], value::bps)?;
+    let burst = settings.value("burst", value::burst)?;
+    if (requests, bytes) != (Rates::default(), Rates::default()) {
+        return Ok(Some(Limits { requests, bytes, burst: burst.unwrap_or(BURST) }));
+    }
+    match settings.get("burst") {
+        Some(burst) => Err(burst.error("there is no limit it could go with; add one, such as bps=50M")),
+        None => Ok(None),
+    }
 }
 
 /// `stdio`, `pty`, `none`, `file=PATH` or `socket=PATH`.

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use block::cache::CacheMode;
 use block::engine::Aio;
+use block::throttle::Limits;
 use devices::virtio::blk::errors::OnError;
 
 use super::list::Settings;
@@ -63,6 +64,8 @@ pub struct DiskRequest {
     pub rerror: OnError,
     /// See [`DiskConfig::werror`].
     pub werror: OnError,
+    /// See [`DiskConfig::limits`].
+    pub limits: Option<Limits>,
     /// See [`DiskConfig::queues`]; `None` for the default.
     pub queues: Option<u16>,
     /// See [`DiskConfig::discard`].
@@ -197,6 +200,7 @@ fn disks(requests: Vec<DiskRequest>, cpus: u32) -> Result<Vec<DiskConfig>, Confi
             discard: request.discard,
             rerror: request.rerror,
             werror: request.werror,
+            limits: request.limits,
         });
     }
     Ok(disks)
@@ -205,6 +209,9 @@ fn disks(requests: Vec<DiskRequest>, cpus: u32) -> Result<Vec<DiskConfig>, Confi
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::num::NonZeroU64;
+
+    use block::throttle::Rates;
     use proptest::prelude::*;
 
     fn request(settings: &[(&str, &str)]) -> Result<Request, String> {
@@ -231,6 +238,7 @@ mod tests {
             ioeventfd: true,
             rerror: OnError::Report,
             werror: OnError::Report,
+            limits: None,
             queues: 1,
             queue_size: 256,
             poll: Duration::ZERO,
@@ -260,6 +268,12 @@ mod tests {
 
     #[test]
     fn every_setting_arrives() {
+        let rate = NonZeroU64::new;
+        let limits = Limits {
+            requests: Rates { total: rate(1000), read: rate(600), write: rate(500) },
+            bytes: Rates { total: rate(50 << 20), read: rate(32 << 20), write: rate(512 << 10) },
+            burst: Duration::from_secs(2),
+        };
         let expected = VmConfig {
             kernel: "bzImage".into(),
             initrd: Some("initrd.img".into()),
@@ -279,6 +293,7 @@ mod tests {
                     ioeventfd: false,
                     rerror: OnError::Stop,
                     werror: OnError::Enospc,
+                    limits: Some(limits),
                     queues: 2,
                     queue_size: 1024,
                     poll: Duration::from_micros(32),
@@ -303,7 +318,8 @@ mod tests {
             (
                 "disk",
                 "path=a,,b.img,id=data,serial=S 1,readonly=on,ioeventfd=off,format=raw,aio=native,cache=directsync,\
-                 queues=2,queue-size=1024,poll-us=32,merge=off,discard=ignore,rerror=stop,werror=enospc",
+                 queues=2,queue-size=1024,poll-us=32,merge=off,discard=ignore,rerror=stop,werror=enospc,\
+                 iops=1000,iops-rd=600,iops-wr=500,bps=50M,bps-rd=32M,bps-wr=0.5M,burst=2s",
             ),
             ("serial", "file=console.log"),
             ("debug-exit", "0xf4"),
@@ -448,6 +464,35 @@ mod tests {
         }
         let disk = machine(&[("kernel", "k"), ("disk", "x,aio=native")]).unwrap().disks.remove(0);
         assert_eq!((disk.aio, disk.cache), (Some(Aio::Native), None));
+    }
+
+    #[test]
+    fn limits() {
+        let limits = |text: &str| machine(&[("kernel", "k"), ("disk", text)]).map(|vm| vm.disks[0].limits);
+        let one = limits("x,bps-rd=1M").unwrap().unwrap();
+        assert_eq!((one.bytes.read, one.burst), (NonZeroU64::new(1 << 20), Duration::from_millis(100)));
+        assert_eq!((one.requests, one.bytes.total, one.bytes.write), (Rates::default(), None, None));
+        assert_eq!(limits("x,iops=5,burst=0ms").unwrap().unwrap().burst, Duration::ZERO);
+        let (number, time) =
+            ("not a number of requests a second; write it like 500", "not a time; write it like 100ms or 2s");
+        for (setting, complaint) in [
+            ("iops=0", "at least 1 a second; leave it out for no limit"),
+            ("iops=fast", number),
+            ("iops=-1", number),
+            ("iops-wr=1K", number),
+            ("bps=0M", "at least 1K a second; leave it out for no limit"),
+            ("bps=1.5K", "not a multiple of 1K"),
+            ("bps=1000", "a size needs a unit; write 1000M for MiB (units: K, M, G, T)"),
+            ("bps-rd=1MB", "not a size; write it like 512M or 2G (units: K, M, G, T)"),
+            ("iops=5,burst=2", time),
+            ("iops=5,burst=-1s", time),
+            ("iops=5,burst=61s", "a minute is the most"),
+            ("burst=2s", "there is no limit it could go with; add one, such as bps=50M"),
+        ] {
+            let last = setting.rsplit(',').next().unwrap();
+            let line = format!("--disk x,{setting}: {last}: {complaint}");
+            assert_eq!(limits(&format!("x,{setting}")), Err(line));
+        }
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! The values settings take, each parsed in one place: sizes, switches, numbers, names. An `Err` says what is wrong and
 //! what to write instead; the caller puts the flag or file in front. Used on the main thread.
 
+use std::num::NonZeroU64;
 use std::time::Duration;
 
 use devices::virtio::blk::{LONGEST_POLL, MAX_QUEUES, QUEUE_SIZE, QUEUE_SIZES};
@@ -101,6 +102,33 @@ pub(super) fn poll(text: &str) -> Result<Duration, String> {
     let micros = text.parse::<u16>().ok().filter(|&micros| u128::from(micros) <= most);
     let micros = micros.ok_or_else(|| format!("not 0 to {most} microseconds; write it like 32, or 0 for none"))?;
     Ok(Duration::from_micros(micros.into()))
+}
+
+/// Requests a second.
+pub(super) fn iops(text: &str) -> Result<NonZeroU64, String> {
+    let number = || "not a number of requests a second; write it like 500".to_owned();
+    let count = if text.starts_with('+') { Err(number()) } else { text.parse().map_err(|_| number()) };
+    NonZeroU64::new(count?).ok_or_else(|| "at least 1 a second; leave it out for no limit".to_owned())
+}
+
+/// Bytes a second, a size in whole K.
+pub(super) fn bps(text: &str) -> Result<NonZeroU64, String> {
+    let bytes = size(text)?;
+    if !bytes.is_multiple_of(1 << 10) {
+        return Err("not a multiple of 1K".to_owned());
+    }
+    NonZeroU64::new(bytes).ok_or_else(|| "at least 1K a second; leave it out for no limit".to_owned())
+}
+
+/// A time such as `100ms` or `2s`, up to a minute.
+pub(super) fn burst(text: &str) -> Result<Duration, String> {
+    let unit = [("ms", 1), ("s", 1000)].into_iter().find_map(|unit| Some((text.strip_suffix(unit.0)?, unit.1)));
+    let number = unit.and_then(|(number, scale)| Some((number.parse::<u32>().ok()?, scale)));
+    let Some((number, scale)) = number.filter(|_| text.starts_with(|first: char| first.is_ascii_digit())) else {
+        return Err("not a time; write it like 100ms or 2s".to_owned());
+    };
+    let burst = Duration::from_millis(u64::from(number) * scale);
+    if burst > Duration::from_secs(60) { Err("a minute is the most".to_owned()) } else { Ok(burst) }
 }
 
 /// Whole seconds.

@@ -1,5 +1,6 @@
 //! What becomes of a request that the host fails: QEMU's rerror= and werror=. Used by the queues' workers.
 
+use std::collections::VecDeque;
 use std::io;
 use std::sync::Arc;
 
@@ -61,13 +62,13 @@ pub(super) enum Verdict {
 /// The failed requests of one queue that wait for the machine to go on. Never more than the queue has descriptors.
 pub(super) struct Held {
     errors: Option<Errors>,
-    failed: Vec<(Op, u16)>,
+    failed: VecDeque<(Op, u16)>,
 }
 
 impl Held {
     /// None yet. Without `errors` there will never be any: all are reported.
     pub(super) fn new(errors: Option<Errors>) -> Self {
-        Self { errors, failed: Vec::new() }
+        Self { errors, failed: VecDeque::new() }
     }
 
     /// Written when the machine goes on; to be watched edge-triggered.
@@ -92,16 +93,15 @@ impl Held {
 
     /// Keeps what is to be tried again and pauses the machine for `reason`.
     pub(super) fn keep(&mut self, op: Op, tag: u16, reason: String) {
-        self.failed.push((op, tag));
+        self.failed.push_back((op, tag));
         if let Some(errors) = &self.errors {
             errors.pause.pause(reason);
         }
     }
 
-    /// What is to be tried now: all that was kept, if the machine goes on.
-    pub(super) fn retry(&mut self) -> impl Iterator<Item = (Op, u16)> {
-        let paused = !self.failed.is_empty() && self.errors.as_ref().is_some_and(|errors| errors.pause.is_paused());
-        let due = if paused { 0 } else { self.failed.len() };
-        self.failed.drain(..due)
+    /// A request that is to be tried again now: there is one until none is kept, if the machine goes on.
+    pub(super) fn due(&mut self) -> Option<(Op, u16)> {
+        let errors = self.errors.as_ref().filter(|_| !self.failed.is_empty())?;
+        if errors.pause.is_paused() { None } else { self.failed.pop_front() }
     }
 }

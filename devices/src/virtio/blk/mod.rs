@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use block::disk::Disk;
 use block::engine::Engines;
 use block::engine::merge::Merge;
+use block::throttle::{Limits, Throttle};
 use thiserror::Error;
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_MQ,
@@ -19,6 +20,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use self::config::Config;
 use self::errors::Errors;
+use self::gate::Limited;
 use self::request::{Rules, Serial};
 use self::statistics::Statistics;
 use self::worker::{Context, QueueWorker};
@@ -30,6 +32,7 @@ use crate::worker::Worker;
 
 mod config;
 pub mod errors;
+mod gate;
 mod polling;
 mod request;
 pub mod statistics;
@@ -73,6 +76,8 @@ pub struct BlkOptions {
     pub errors: Option<Errors>,
     /// Neighbours that are available at once go to the host as one transfer.
     pub merge: bool,
+    /// What it may do at most.
+    pub limits: Option<Limits>,
 }
 
 impl Default for BlkOptions {
@@ -88,6 +93,7 @@ impl Default for BlkOptions {
             poll: Duration::ZERO,
             errors: None,
             merge: true,
+            limits: None,
         }
     }
 }
@@ -121,6 +127,7 @@ pub struct Blk {
     poll: Duration,
     errors: Option<Errors>,
     merge: bool,
+    limited: Limited,
     workers: Vec<Worker<()>>,
     /// Across resets, for a guest can reset as often as it likes.
     log: Arc<Mutex<LogLimit>>,
@@ -145,6 +152,7 @@ impl Blk {
             poll: options.poll,
             errors: options.errors.clone(),
             merge: options.merge,
+            limited: options.limits.map(|limits| Arc::new(Mutex::new(Throttle::new(&limits, Instant::now())))),
             workers: Vec::new(),
             log: Arc::default(),
         }
@@ -254,6 +262,7 @@ impl VirtioDevice for Blk {
             halt: Arc::new(EventFd::new(EFD_NONBLOCK).map_err(failed)?),
             statistics: self.statistics.clone(),
             errors: self.errors.clone(),
+            limited: self.limited.clone(),
         };
         for queue in activation.queues {
             match self.start(queue, context.clone()) {

@@ -15,6 +15,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::Broken;
 use super::errors::{Errors, Held, Verdict};
+use super::gate::{Gate, Limited};
 use super::polling::Polling;
 use super::request::{Action, Request, Rules, Serial, Status};
 use super::statistics::{Kind, Recorder, Statistics};
@@ -48,6 +49,7 @@ pub(super) struct Context {
     pub(super) halt: Arc<EventFd>,
     pub(super) statistics: Arc<Statistics>,
     pub(super) errors: Option<Errors>,
+    pub(super) limited: Limited,
 }
 
 /// One queue at work.
@@ -70,6 +72,7 @@ pub(super) struct QueueWorker {
     wrote: bool,
     record: Recorder,
     held: Held,
+    gate: Gate,
 }
 
 impl QueueWorker {
@@ -89,6 +92,7 @@ impl QueueWorker {
         let record = Recorder::new(context.statistics.queue(queue.index), size);
         Ok(Self {
             polling: Polling::new(context.poll),
+            gate: Gate::new(context.limited.clone()),
             context,
             index: queue.index,
             queue: queue.queue,
@@ -164,7 +168,7 @@ impl QueueWorker {
         let completed = self.complete()?;
         // Before anything is started: meanwhile the driver goes on with what it has.
         self.tell();
-        let taken = self.take()? | self.retry();
+        let taken = self.take()? | self.start_waiting();
         self.record.submitting(self.engine.merged());
         self.engine.submit();
         self.tell();
@@ -175,15 +179,20 @@ impl QueueWorker {
         Ok(busy)
     }
 
-    /// Starts what was kept for when the machine goes on, if it does; `false` if there was nothing.
-    fn retry(&mut self) -> bool {
+    /// Starts what waited for the limits of the disk, or for a paused machine to go on, and waits no longer; `false` if
+    /// there was nothing.
+    fn start_waiting(&mut self) -> bool {
         let mut any = false;
-        for (op, tag) in self.held.retry() {
-            self.engine.push(op, tag);
-            self.record.handed(tag);
+        while let Some((op, head)) = self.gate.due().or_else(|| self.held.due()) {
+            self.start(op, head);
             any = true;
         }
         any
+    }
+
+    fn start(&mut self, op: Op, head: u16) {
+        self.engine.push(op, head);
+        self.record.handed(head);
     }
 
     /// Shows the driver what was answered since the last time, with one interrupt if it wants one.
@@ -245,8 +254,9 @@ impl QueueWorker {
                     self.wrote |= !matches!(kind, OpKind::Read | OpKind::Flush);
                     self.slots[usize::from(head)] = Some(request);
                     self.record.taken(head, Kind::of(action), length(&op));
-                    self.engine.push(op, head);
-                    self.record.handed(head);
+                    if let Some((op, head)) = self.gate.admit(op, head) {
+                        self.start(op, head);
+                    }
                     continue;
                 }
                 Action::Identify => request.identify(&self.context.serial, &op.segments, &self.context.memory),
@@ -305,7 +315,7 @@ impl QueueWorker {
     /// Sleeps until there may be something to do, or not at all if `awake`; `true` if it is to stop.
     fn sleep(&mut self, awake: bool) -> Result<bool, Broken> {
         let mut events = [EpollEvent::default(); 5];
-        match self.epoll.wait(if awake { 0 } else { -1 }, &mut events) {
+        match self.epoll.wait(if awake { 0 } else { self.gate.patience() }, &mut events) {
             Ok(count) => {
                 let woke = |why| events.iter().take(count).any(|event| event.data() == why);
                 if woke(KICK) {

@@ -270,6 +270,7 @@ mod config;
 mod crash;
 mod errors;
 mod host;
+mod limits;
 mod queues;
 mod requests;
 mod rings;

@@ -105,6 +105,7 @@ pub(super) fn context(guest: &Guest, disk: Arc<Disk>, rules: Rules) -> Context {
         halt: Arc::new(EventFd::new(EFD_NONBLOCK).unwrap()),
         statistics: Arc::default(),
         errors: None,
+        limited: None,
     }
 }
 
