@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 
 use crate::direct::{self, Alignment};
 use crate::disk::{self, DiskError};
-use crate::engine::{Aio, Unusable};
+use crate::engine::{Aio, Unusable, native};
 use crate::extents::Blocks;
 use crate::filesystem::Filesystem;
 
@@ -111,7 +111,7 @@ impl Host {
             kernel: read("/proc/sys/kernel/osrelease"),
             native: Aio::Native.probe(queues),
             io_uring: Aio::IoUring.probe(queues),
-            native_room: native_room(),
+            native_room: native::room(),
         }
     }
 
@@ -123,12 +123,6 @@ impl Host {
             Aio::IoUring => &self.io_uring,
         }
     }
-}
-
-/// Requests that linux-aio has left; `None` on a kernel that has none at all.
-pub fn native_room() -> Option<u64> {
-    let number = |file| read(file).parse::<u64>().ok();
-    Some(number("/proc/sys/fs/aio-max-nr")?.saturating_sub(number("/proc/sys/fs/aio-nr")?))
 }
 
 fn direct(path: &Path) -> Direct {

@@ -17,7 +17,7 @@ use std::thread;
 use block::cache::CacheMode;
 use block::choose::{self, Choice, Wish};
 use block::disk::Disk;
-use block::engine::{Aio, Op, OpKind};
+use block::engine::{Aio, Op, OpKind, native};
 use block::facts::{Facts, Host, Kind};
 use tempfile::TempDir;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
@@ -264,6 +264,20 @@ fn hosts_that_lack_engines() {
             }
         });
     }
+}
+
+/// linux-aio gives each queue its requests out of what the host has left.
+#[test]
+fn a_disk_with_more_queues_than_linux_aio_has_left() {
+    let _alone = ALONE.lock();
+    let Some(room) = native::room().filter(|_| Host::gather(1).native.is_ok()) else {
+        return skipped("a_disk_with_more_queues_than_linux_aio_has_left", "no linux-aio");
+    };
+    let Ok(queues) = u16::try_from(room / 256 + 1) else {
+        return skipped("a_disk_with_more_queues_than_linux_aio_has_left", "this host has more than enough");
+    };
+    let missing = Aio::Native.probe(queues).unwrap_err();
+    assert!(missing.reason().contains("too few are left") && missing.remedy().contains("fs.aio-max-nr"), "{missing}");
 }
 
 /// Every request that linux-aio has is taken between opening the disk and starting its queues.

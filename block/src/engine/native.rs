@@ -76,13 +76,30 @@ impl Missing {
     }
 }
 
-/// Whether this engine works here, for that many `queues` at once.
+/// Whether this engine works here, for that many `queues` at once. Nothing is set up for it: to take a context apart the
+/// kernel waits for all CPUs, tens of milliseconds.
 ///
 /// # Errors
 /// Why not.
 pub fn probe(queues: u16) -> Result<(), Missing> {
-    let contexts: io::Result<Vec<_>> = (0..queues).map(|_| Context::new()).collect();
-    contexts.map(drop).map_err(Missing::new)
+    let mut context: c_ulong = 0;
+    // SAFETY: without room for events it only says whether there is such a call, and whether we may make it.
+    let result = unsafe { libc::syscall(libc::SYS_io_setup, 0, &raw mut context) };
+    let error = io::Error::last_os_error();
+    if result < 0 && error.raw_os_error() != Some(libc::EINVAL) {
+        return Err(Missing::new(error));
+    }
+    let needed = u64::from(queues) * DEPTH as u64;
+    match room() {
+        Some(room) if room < needed => Err(Missing::new(io::Error::from_raw_os_error(libc::EAGAIN))),
+        _ => Ok(()),
+    }
+}
+
+/// Requests that linux-aio has left for the whole host: fs.aio-max-nr less fs.aio-nr. `None` if it does not say.
+pub fn room() -> Option<u64> {
+    let number = |file| fs::read_to_string(file).ok()?.trim().parse::<u64>().ok();
+    Some(number("/proc/sys/fs/aio-max-nr")?.saturating_sub(number("/proc/sys/fs/aio-nr")?))
 }
 
 /// `aio_context_t`. Dropping it waits for what is in flight.

@@ -4,15 +4,14 @@ use std::fs::{self, OpenOptions};
 use std::io;
 use std::path::Path;
 
-use block::engine::{Aio, Unusable};
-use block::facts;
+use block::engine::{Aio, Unusable, native};
 
 use super::{Check, Status};
 
 pub(super) fn checks(root: &Path) -> Vec<Check> {
     vec![
         engine("io-uring", Aio::IoUring.probe(1)),
-        linux_aio(engine("linux-aio", Aio::Native.probe(1)), facts::native_room()),
+        linux_aio(engine("linux-aio", Aio::Native.probe(1)), native::room()),
         device(&TUN, open(root, &TUN)),
         device(&VHOST_NET, open(root, &VHOST_NET)),
         memory_lock(root),
