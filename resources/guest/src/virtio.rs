@@ -107,6 +107,8 @@ pub(crate) struct Device {
     pub(crate) function: Function,
     pub(crate) common: Mmio,
     pub(crate) isr: Mmio,
+    /// What chapter 5 gives the device. One that has nothing shows no structure for it (4.1.4.6), and nobody may look here:
+    /// it is the null address, which is not mapped.
     pub(crate) config: Mmio,
     notify: Mmio,
     notify_multiplier: u32,
@@ -120,7 +122,7 @@ impl Device {
             function,
             common: Capability::find(function, Structure::Common)?.map(function),
             isr: Capability::find(function, Structure::Isr)?.map(function),
-            config: Capability::find(function, Structure::Device)?.map(function),
+            config: Capability::find(function, Structure::Device).map_or(Mmio(0), |found| found.map(function)),
             notify: notify.map(function),
             notify_multiplier: function.read(notify.register + 16),
         };
