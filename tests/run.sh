@@ -46,7 +46,7 @@ if ! resources/rootfs/tools; then echo 'fio for the stock Linux guest cannot be 
 if ! resources/image/build; then echo 'the Debian image cannot be built'; fi
 
 rm -rf "$target/lab/logs"
-step tests 3000 cargo test --workspace --no-fail-fast
+step tests 3600 cargo test --workspace --no-fail-fast
 
 # cargo's own summaries; lines of tests that found nothing to run on, which cargo counts as passed; whole programs that
 # the runner skipped, which it does not.
