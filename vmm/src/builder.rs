@@ -200,7 +200,7 @@ impl VmBuilder<'_> {
             let options = BlkOptions {
                 number,
                 serial: config.serial.clone(),
-                engines: open.engines.clone(),
+                engines: open.engines.clone().with_threads(config.thread_pool_max),
                 queues: config.queues,
                 queue_size: config.queue_size,
                 poll: config.poll,

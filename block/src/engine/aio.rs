@@ -1,6 +1,7 @@
 //! Which engine moves a disk's bytes: a choice of the user's, with QEMU's words.
 
 use std::io;
+use std::num::NonZeroUsize;
 use std::sync::Arc;
 
 use thiserror::Error;
@@ -95,8 +96,13 @@ impl Aio {
     /// # Errors
     /// What the host refuses.
     pub fn start(self, disk: Arc<Disk>, name: &str) -> io::Result<Box<dyn Engine>> {
+        self.start_with(disk, name, DEFAULT_THREADS)
+    }
+
+    /// As [`Aio::start`]; if it is a pool, of at most so many `threads`.
+    fn start_with(self, disk: Arc<Disk>, name: &str, threads: NonZeroUsize) -> io::Result<Box<dyn Engine>> {
         match self {
-            Self::Threads => Ok(Box::new(ThreadPool::new(disk, DEFAULT_THREADS, name)?)),
+            Self::Threads => Ok(Box::new(ThreadPool::new(disk, threads, name)?)),
             Self::Native => native::start(disk, name),
             Self::IoUring => uring::start(disk, name),
         }
@@ -105,7 +111,10 @@ impl Aio {
 
 /// The engines for a disk, best first: the next is for where the host refuses the one before.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Engines(Vec<Aio>);
+pub struct Engines {
+    order: Vec<Aio>,
+    threads: NonZeroUsize,
+}
 
 impl Default for Engines {
     fn default() -> Self {
@@ -116,7 +125,7 @@ impl Default for Engines {
 impl Engines {
     /// This one or none.
     pub fn only(aio: Aio) -> Self {
-        Self(vec![aio])
+        Self::new(vec![aio])
     }
 
     /// These in their order.
@@ -125,17 +134,23 @@ impl Engines {
     /// If there are none.
     pub(crate) fn new(engines: Vec<Aio>) -> Self {
         assert!(!engines.is_empty(), "a disk has an engine");
-        Self(engines)
+        Self { order: engines, threads: DEFAULT_THREADS }
+    }
+
+    /// These, with at most so many threads in the pool of each queue if they are [`Aio::Threads`].
+    #[must_use]
+    pub fn with_threads(self, threads: NonZeroUsize) -> Self {
+        Self { threads, ..self }
     }
 
     /// The one that is meant to run.
     pub fn best(&self) -> Aio {
-        self.0[0]
+        self.order[0]
     }
 
     /// What is tried after it, in order.
     pub fn fallbacks(&self) -> &[Aio] {
-        &self.0[1..]
+        &self.order[1..]
     }
 
     /// An engine for one queue of `disk`, as [`Aio::start`]: the best that starts. If that is not the best of all, also a
@@ -145,16 +160,40 @@ impl Engines {
     /// What the host refuses, when none starts.
     pub fn start(&self, disk: &Arc<Disk>, name: &str) -> io::Result<(Box<dyn Engine>, Option<String>)> {
         let mut failed = Vec::new();
-        for &aio in &self.0 {
-            match aio.start(disk.clone(), name) {
+        for &aio in &self.order {
+            match aio.start_with(disk.clone(), name, self.threads) {
                 Ok(engine) if failed.is_empty() => return Ok((engine, None)),
                 Ok(engine) => {
                     return Ok((engine, Some(format!("{}; it runs on aio={}", failed.join("; "), aio.name()))));
                 }
-                Err(error) if Some(&aio) == self.0.last() => return Err(error),
+                Err(error) if Some(&aio) == self.order.last() => return Err(error),
                 Err(error) => failed.push(format!("aio={} cannot be started now ({error})", aio.name())),
             }
         }
         unreachable!("there is an engine")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::engine::OpKind;
+    use crate::engine::conformance::{disk, memory, op};
+
+    #[test]
+    fn a_pool_has_as_many_threads_as_it_may() {
+        let (_dir, _path, disk) = disk(1 << 20);
+        let memory = memory(1 << 20);
+        let engines = Engines::only(Aio::Threads).with_threads(NonZeroUsize::MIN);
+        let (mut engine, _) = engines.start(&disk, "test-alone-io").unwrap();
+        for tag in 0..200 {
+            engine.push(op(OpKind::Read, 0, &[(0, 4096)], &memory), tag);
+        }
+        let mut completions = Vec::new();
+        engine.drain(&mut completions);
+        assert_eq!(completions.len(), 200);
+        let tasks = std::fs::read_dir("/proc/self/task").unwrap().flatten();
+        let names = tasks.filter_map(|task| std::fs::read_to_string(task.path().join("comm")).ok());
+        assert_eq!(names.filter(|name| name == "test-alone-io\n").count(), 1);
     }
 }

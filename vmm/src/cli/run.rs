@@ -45,12 +45,12 @@ pub(super) struct RunArgs {
     /// and an engine of its own) [default: one a CPU, at most 4], queue-size=N (entries, a power of two up to 1024)
     /// [default: 256], poll-us=N (how many microseconds each queue's thread looks for work before it sleeps, at most, while
     /// that pays) [default: 0], merge=on|off (requests for neighbouring sectors that come at once go to the host as one)
-    /// [default: on], discard=unmap|ignore (unmap: what the guest discards is given back to the host) [default: unmap],
-    /// rerror=report|ignore|stop and werror=report|ignore|stop|enospc (what an error of the host does to
-    /// reads, and to all else: stop pauses the machine until Ctrl-A c or SIGUSR2, then it is tried again; enospc stops only
-    /// when there is no space left) [default: report], iops=N, iops-rd=N, iops-wr=N, bps=SIZE, bps-rd=SIZE, bps-wr=SIZE (at
-    /// most so many requests or bytes a second, all or reads or writes; queues share them), burst=TIME (what an idle disk may
-    /// save up of them) [default: 100ms].
+    /// [default: on], thread-pool-max=N (of aio=threads, for each queue) [default: 16], discard=unmap|ignore (unmap: what
+    /// the guest discards is given back to the host) [default: unmap], rerror=report|ignore|stop and
+    /// werror=report|ignore|stop|enospc (what an error of the host does to reads, and to all else: stop pauses the machine
+    /// until Ctrl-A c or SIGUSR2, then it is tried again; enospc stops only when there is no space left) [default: report],
+    /// iops=N, iops-rd=N, iops-wr=N, bps=SIZE, bps-rd=SIZE, bps-wr=SIZE (at most so many requests or bytes a second, all or
+    /// reads or writes; queues share them), burst=TIME (what an idle disk may save up of them) [default: 100ms].
     #[arg(long, value_name = "path=FILE[,KEY=VALUE]...", value_hint = clap::ValueHint::FilePath)]
     disk: Vec<String>,
     /// What COM1 is connected to [default: stdio]

@@ -211,6 +211,7 @@ pub fn to_toml(vm: &VmConfig) -> Result<String, ConfigError> {
         line(&mut out, "queue-size", disk.queue_size);
         line(&mut out, "poll-us", disk.poll.as_micros());
         line(&mut out, "merge", disk.merge);
+        line(&mut out, "thread-pool-max", disk.thread_pool_max);
         line(&mut out, "discard", text(disk.discard.name()));
         line(&mut out, "aio", text(disk.aio.map_or(AUTO, Aio::name)));
         line(&mut out, "cache", text(disk.cache.map_or(AUTO, CacheMode::name)));
@@ -258,7 +259,7 @@ mod tests {
     use block::throttle::Rates;
     use devices::virtio::blk::errors::OnError;
     use proptest::prelude::*;
-    use std::num::NonZeroU64;
+    use std::num::{NonZeroU64, NonZeroUsize};
     use std::path::PathBuf;
     use std::time::Duration;
 
@@ -295,6 +296,7 @@ mod tests {
             queue-size = 64
             poll-us = 50
             merge = false
+            thread-pool-max = 5
             discard = "ignore"
         "#;
         let disk = |path: &str, id: &str, serial: Option<&str>, readonly| DiskConfig {
@@ -312,6 +314,7 @@ mod tests {
             queue_size: if id == "data" { 64 } else { 256 },
             poll: Duration::from_micros(if id == "data" { 50 } else { 0 }),
             merge: id != "data",
+            thread_pool_max: NonZeroUsize::new(if id == "data" { 5 } else { 16 }).unwrap(),
             discard: if id == "data" { Discard::Ignore } else { Discard::Unmap },
         };
         let expected = VmConfig {
@@ -367,7 +370,7 @@ mod tests {
                 "[[disk]]\npath = \"a\"\nfile = \"b\"\n",
                 "/vms/vm.toml:3: disk: unknown key \"file\" \
                  (keys: path, readonly, serial, id, format, aio, cache, ioeventfd, queues, queue-size, \
-                 poll-us, merge, discard, rerror, werror, \
+                 poll-us, merge, thread-pool-max, discard, rerror, werror, \
                  iops, iops-rd, iops-wr, bps, bps-rd, bps-wr, burst)",
             ),
             (
@@ -439,12 +442,12 @@ mod tests {
             readonly: bool, ioeventfd: bool, (aio, cache) in any_engine(), queues in 1..=64_u16,
             rerror in proptest::sample::select(&OnError::READS[..]), werror in proptest::sample::select(&OnError::WRITES[..]),
             queue_size in (2..=10).prop_map(|shift| 1_u16 << shift),
-            poll in (0..=10_000_u64).prop_map(Duration::from_micros), merge: bool,
+            poll in (0..=10_000_u64).prop_map(Duration::from_micros), merge: bool, threads in 1..=64_usize,
             discard in proptest::sample::select(&Discard::ALL[..]), limits in any_limits(),
         ) -> DiskConfig {
             DiskConfig {
                 path, id, serial, readonly, aio, cache, ioeventfd, queues, queue_size, poll, merge, discard, rerror, werror,
-                limits,
+                limits, thread_pool_max: NonZeroUsize::new(threads).unwrap(),
             }
         }
     }

@@ -13,6 +13,7 @@ mod place;
 mod request;
 mod value;
 
+use std::num::NonZeroUsize;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -140,6 +141,8 @@ pub struct DiskConfig {
     pub poll: Duration,
     /// Requests for neighbouring parts of the disk that are available at once go to the host as one transfer.
     pub merge: bool,
+    /// The most threads that `aio=threads` has for each queue; those that are idle end.
+    pub thread_pool_max: NonZeroUsize,
     /// What becomes of what the guest discards.
     pub discard: Discard,
     /// What an error of the host does when the guest reads: one of [`OnError::READS`].

@@ -4,6 +4,7 @@ use std::num::NonZeroU64;
 
 use block::cache::CacheMode;
 use block::engine::Aio;
+use block::engine::threads::DEFAULT_THREADS;
 use block::throttle::{BURST, Limits, Rates};
 use devices::virtio::blk::QUEUE_SIZE;
 use devices::virtio::blk::errors::OnError;
@@ -18,7 +19,7 @@ use super::{Discard, MemoryConfig, SerialConfig};
 pub const MEMORY_KEYS: [&str; 4] = ["size", "hugepages", "prefault", "shared"];
 
 /// The keys of `--disk`; the first may be left out.
-pub const DISK_KEYS: [&str; 22] = [
+pub const DISK_KEYS: [&str; 23] = [
     "path",
     "readonly",
     "serial",
@@ -31,6 +32,7 @@ pub const DISK_KEYS: [&str; 22] = [
     "queue-size",
     "poll-us",
     "merge",
+    "thread-pool-max",
     "discard",
     "rerror",
     "werror",
@@ -104,6 +106,7 @@ pub(super) fn disk(settings: &Settings) -> Result<DiskRequest, ConfigError> {
         queue_size: settings.value("queue-size", value::queue_size)?.unwrap_or(QUEUE_SIZE),
         poll: settings.value("poll-us", value::poll)?.unwrap_or_default(),
         merge: settings.switch("merge", true)?,
+        thread_pool_max: settings.value("thread-pool-max", value::thread_pool_max)?.unwrap_or(DEFAULT_THREADS),
         limits: limits(settings)?,
         discard: choice(settings, "discard", None, &Discard::ALL, Discard::name)?.unwrap_or_default(),
         place: settings.place().clone(),

@@ -1,5 +1,6 @@
 //! What was asked for, by flags or in a file, before anything is filled in. Used on the main thread.
 
+use std::num::NonZeroUsize;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -76,6 +77,8 @@ pub struct DiskRequest {
     pub poll: Duration,
     /// See [`DiskConfig::merge`].
     pub merge: bool,
+    /// See [`DiskConfig::thread_pool_max`].
+    pub thread_pool_max: NonZeroUsize,
     /// Where it was written, for complaints.
     pub place: Place,
 }
@@ -197,6 +200,7 @@ fn disks(requests: Vec<DiskRequest>, cpus: u32) -> Result<Vec<DiskConfig>, Confi
             queue_size: request.queue_size,
             poll: request.poll,
             merge: request.merge,
+            thread_pool_max: request.thread_pool_max,
             discard: request.discard,
             rerror: request.rerror,
             werror: request.werror,
@@ -243,6 +247,7 @@ mod tests {
             queue_size: 256,
             poll: Duration::ZERO,
             merge: true,
+            thread_pool_max: NonZeroUsize::new(16).unwrap(),
             discard: Discard::Unmap,
         }
     }
@@ -298,6 +303,7 @@ mod tests {
                     queue_size: 1024,
                     poll: Duration::from_micros(32),
                     merge: false,
+                    thread_pool_max: NonZeroUsize::new(3).unwrap(),
                     discard: Discard::Ignore,
                 },
             ],
@@ -318,7 +324,7 @@ mod tests {
             (
                 "disk",
                 "path=a,,b.img,id=data,serial=S 1,readonly=on,ioeventfd=off,format=raw,aio=native,cache=directsync,\
-                 queues=2,queue-size=1024,poll-us=32,merge=off,discard=ignore,rerror=stop,werror=enospc,\
+                 queues=2,queue-size=1024,poll-us=32,merge=off,thread-pool-max=3,discard=ignore,rerror=stop,werror=enospc,\
                  iops=1000,iops-rd=600,iops-wr=500,bps=50M,bps-rd=32M,bps-wr=0.5M,burst=2s",
             ),
             ("serial", "file=console.log"),

@@ -1,7 +1,7 @@
 //! The values settings take, each parsed in one place: sizes, switches, numbers, names. An `Err` says what is wrong and
 //! what to write instead; the caller puts the flag or file in front. Used on the main thread.
 
-use std::num::NonZeroU64;
+use std::num::{NonZeroU64, NonZeroUsize};
 use std::time::Duration;
 
 use devices::virtio::blk::{LONGEST_POLL, MAX_QUEUES, QUEUE_SIZE, QUEUE_SIZES};
@@ -94,6 +94,15 @@ pub(super) fn queue_size(text: &str) -> Result<u16, String> {
         return Ok(size);
     }
     Err(format!("a queue has a power of two from {least} to {most} entries; write {size}"))
+}
+
+/// The most threads a pool may have.
+const MOST_THREADS: usize = 64;
+
+/// The most threads of a disk's pool.
+pub(super) fn thread_pool_max(text: &str) -> Result<NonZeroUsize, String> {
+    let threads = text.parse().ok().filter(|threads: &NonZeroUsize| threads.get() <= MOST_THREADS);
+    threads.ok_or_else(|| format!("a pool has 1 to {MOST_THREADS} threads; write it like 16"))
 }
 
 /// The longest time a disk's worker looks for work, in microseconds.
@@ -287,6 +296,16 @@ mod tests {
     }
 
     #[test]
+    fn threads_of_disks() {
+        for threads in [1, 16, 64] {
+            assert_eq!(thread_pool_max(&threads.to_string()).map(NonZeroUsize::get), Ok(threads));
+        }
+        for text in ["0", "65", "-1", "", "many"] {
+            assert!(thread_pool_max(text).unwrap_err().starts_with("a pool has 1 to 64 threads; "), "{text}");
+        }
+    }
+
+    #[test]
     fn polling_of_disks() {
         for (text, micros) in [("0", 0), ("32", 32), ("10000", 10_000)] {
             assert_eq!(poll(text), Ok(Duration::from_micros(micros)));
@@ -336,7 +355,7 @@ mod tests {
         fn no_text_panics(text in any::<String>(), near in "[0-9.+x]{0,30}[KMGTkmgt]?") {
             for text in [&text, &near] {
                 let _ = (size(text), switch(text), cpus(text), seconds(text), debug_exit(text), id(text));
-                let _ = (queues(text), queue_size(text), poll(text), disk_serial(text), nearest(text, &["path", "readonly"]));
+                let _ = (queues(text), queue_size(text), poll(text), thread_pool_max(text), disk_serial(text), nearest(text, &["path", "readonly"]));
             }
         }
     }
