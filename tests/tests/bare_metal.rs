@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{self, Receiver};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tempfile::TempDir;
 
@@ -378,6 +378,24 @@ fn statistics() {
     let requests = ["read", "write", "flush"].map(|kind| queue["requests"][kind].as_u64().expect("a number"));
     assert_eq!(queue["latency_ns"]["total"]["count"], requests.iter().sum::<u64>(), "{queue}");
     assert!(queue["interrupts"].as_u64() > Some(0) && queue["kicks"].as_u64() > Some(0), "{queue}");
+}
+
+/// Never faster than the limit says, on any host: 100 requests at 200 a second, without anything saved up, take 99
+/// two-hundredths of a second or more, however many are in flight in how many queues.
+#[test]
+fn limits() {
+    let Some(bench) = Bench::new("limits") else { return };
+    let limits = ["iops=200", "iops-rd=200", "bps=800K", "bps-rd=800K,iops=100000,bps-wr=1K"];
+    for (limit, queues) in limits.iter().flat_map(|limit| [(limit, 1), (limit, 4)]) {
+        let disk = bench.disk("disk.img");
+        let option = format!("{},{limit},burst=0ms,queues={queues}", disk.option());
+        let words = "bench rw=randread bs=4096 count=100 depth=8 verify=on seed=1";
+        let start = Instant::now();
+        let report = bench.run(words, &["--disk", &option]);
+        assert!(start.elapsed() >= Duration::from_millis(495), "{option}: {:?}", start.elapsed());
+        assert_eq!(report.code, Some(PASSED), "{option}");
+        disk.assert_untouched();
+    }
 }
 
 /// A machine whose disk is on a filesystem of 1.5 MiB, in a mount namespace of its own.

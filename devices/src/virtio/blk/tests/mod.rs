@@ -5,6 +5,7 @@ use std::os::fd::AsRawFd;
 use std::path::PathBuf;
 
 use block::cache::CacheMode;
+use block::disk::DiskError;
 use block::engine::Aio;
 use tempfile::TempDir;
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
@@ -224,9 +225,8 @@ impl Image {
     }
 
     fn open_as(&self, readonly: bool, serial: Option<&str>, cache: CacheMode, aio: Aio) -> Blk {
-        let disk = Disk::open(&self.path, readonly, cache, "disk0").unwrap();
         Blk::new(
-            Arc::new(disk),
+            self.disk_as(readonly, cache),
             &BlkOptions { serial: serial.map(str::to_owned), engines: Engines::only(aio), ..BlkOptions::default() },
         )
     }
@@ -241,7 +241,20 @@ impl Image {
     }
 
     fn disk(&self) -> Arc<Disk> {
-        Arc::new(Disk::open(&self.path, false, CacheMode::Writeback, "disk0").unwrap())
+        self.disk_as(false, CacheMode::Writeback)
+    }
+
+    /// A test that starts a program has every lock of every other, from fork to exec: one that was just given up may
+    /// still be there for a moment.
+    fn disk_as(&self, readonly: bool, cache: CacheMode) -> Arc<Disk> {
+        let open = || Disk::open(&self.path, readonly, cache, "disk0");
+        for _ in 0..10_000 {
+            match open() {
+                Err(DiskError::Locked { .. }) => std::thread::sleep(Duration::from_millis(1)),
+                disk => return Arc::new(disk.unwrap()),
+            }
+        }
+        Arc::new(open().unwrap())
     }
 }
 
