@@ -422,7 +422,7 @@ impl Cramped {
         }
         bench.add_run(command.arg(skiff()), "test=blk");
         command
-            .args(["--memory", "64M", "-vv", "--stats", "--disk"])
+            .args(["--memory", "64M", "--cpus", "2", "-vv", "--stats", "--disk"])
             .arg(format!("{}/disk.img,{option}", folder.display()));
         command.arg("--log-file").arg(&log);
         let (skiff, lines) = listen(command);
