@@ -105,6 +105,30 @@ fn every_engine_is_measured_with_its_yardstick() {
 }
 
 #[test]
+fn every_form_of_the_results_is_written() {
+    if !kvm("every_form_of_the_results_is_written") {
+        return;
+    }
+    let (folder, results) = (scratch(), scratch());
+    let [html, csv] = ["a.html", "a.csv"].map(|name| results.path().join(name).display().to_string());
+    let words = format!(
+        "--depths 1,4 --queues 1,2 --engines threads,io_uring --cache none --html {html} --csv {csv} --svg {}",
+        results.path().display()
+    );
+    report(folder.path(), &words);
+    let read = |path: &str| fs::read_to_string(path).expect("a form of the results");
+    assert!(read(&csv).lines().count() > 1);
+    let names = ["iops", "p99", "io-cpu", "of-host"];
+    let names: Vec<_> =
+        (1..=2).flat_map(|q| names.map(|name| format!("written-randread-4k-q{q}-{name}.svg"))).collect();
+    for name in &names {
+        let chart = fs::read_to_string(results.path().join(name)).expect("a chart");
+        assert!(chart.contains("<rect") && read(&html).contains(&chart), "{name}");
+    }
+    assert_eq!(fs::read_dir(results.path()).expect("the folder").count(), 2 + names.len());
+}
+
+#[test]
 fn queues_and_doorbells() {
     if !kvm("queues_and_doorbells") {
         return;

@@ -5,6 +5,7 @@
 //! Measurements of one cell stand next to each other in time, and each round has its own order: what disturbs the host
 //! disturbs all that are compared. docs/bench.md describes the JSON form of the results.
 
+mod chart;
 mod csv;
 mod host;
 mod image;

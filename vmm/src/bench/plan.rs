@@ -121,8 +121,8 @@ impl Axes {
         for &content in &self.contents {
             for &(rw, own) in &self.mixes {
                 for &bs in own.as_ref().map_or(self.blocks.as_slice(), slice::from_ref) {
-                    for &depth in &self.depths {
-                        works.extend(self.queues.iter().map(|&queues| Work { content, rw, bs, depth, queues }));
+                    for &queues in &self.queues {
+                        works.extend(self.depths.iter().map(|&depth| Work { content, rw, bs, depth, queues }));
                     }
                 }
             }

@@ -104,6 +104,12 @@ pub(super) struct BenchArgs {
     /// Write every measurement into this file too, as comma-separated values
     #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
     csv: Option<PathBuf>,
+    /// Write a page with charts and tables into this file too
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
+    html: Option<PathBuf>,
+    /// Write each chart into this folder too, as SVG
+    #[arg(long, value_name = "FOLDER", value_hint = ValueHint::DirPath)]
+    svg: Option<PathBuf>,
 }
 
 impl BenchArgs {
@@ -120,6 +126,10 @@ impl BenchArgs {
         super::print(&results.to_string())?;
         write("--json", self.json.as_deref(), || results.to_json() + "\n")?;
         write("--csv", self.csv.as_deref(), || results.to_csv())?;
+        write("--html", self.html.as_deref(), || results.to_html())?;
+        for (name, chart) in self.svg.iter().flat_map(|_| results.to_svg()) {
+            write("--svg", self.svg.as_ref().map(|folder| folder.join(name)).as_deref(), || chart)?;
+        }
         let well = results.complete && results.cells.iter().all(|cell| cell.errors.is_empty());
         Ok(u8::from(!well))
     }

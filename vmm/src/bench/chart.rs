@@ -1,0 +1,244 @@
+#![expect(clippy::cast_precision_loss, reason = "places on a drawing")]
+//! The results as charts: bars over the number of requests in flight, one colour for each way. Scalable vector graphics
+//! (SVG 1.1) that need nothing else, alone (`--svg`) or in a page (`--html`).
+
+use std::fmt::Write as _;
+
+use super::plan::{Subject, Way, Work};
+use super::{Results, Summary};
+use crate::config::format_size;
+
+const WIDTH: f64 = 720.0;
+const HEIGHT: f64 = 300.0;
+/// Where the bars are: left, top, right, bottom.
+const PLOT: (f64, f64, f64, f64) = (70.0, 40.0, 700.0, 230.0);
+/// Told apart by everyone, and in print (Okabe and Ito).
+const COLOURS: [&str; 8] = ["#0072b2", "#e69f00", "#009e73", "#d55e00", "#56b4e9", "#cc79a7", "#f0e442", "#000000"];
+/// Lines across the chart.
+const STEPS: u32 = 4;
+
+/// Bars of several series over some groups.
+#[derive(Clone, Debug, PartialEq)]
+pub(super) struct Chart {
+    /// A name for a file.
+    pub(super) name: String,
+    title: String,
+    groups: Vec<String>,
+    series: Vec<(String, Vec<Option<f64>>)>,
+}
+
+/// What a chart shows of a cell.
+type Figure = fn(&Figures<'_>) -> Option<f64>;
+
+/// What there are charts of: a name for the file, the meaning, the figure.
+const FIGURES: [(&str, &str, Figure); 5] = [
+    ("iops", "requests per second", |cell| Some(cell.ours?.iops.median)),
+    ("p99", "99 % of requests take at most, in microseconds", |cell| Some(cell.ours?.p99_us)),
+    ("io-cpu", "CPU time of a request outside the vCPU, in microseconds", |cell| Some(cell.ours?.io_us)),
+    ("of-host", "requests per second, as a part of the host's without a machine", |cell| {
+        Some(cell.host?.ratio?.median)
+    }),
+    ("of-qemu", "requests per second, as a part of QEMU's", |cell| Some(cell.qemu?.ratio?.median)),
+];
+
+/// The summaries of one cell.
+struct Figures<'a> {
+    ours: Option<&'a Summary>,
+    host: Option<&'a Summary>,
+    qemu: Option<&'a Summary>,
+}
+
+/// Every chart that `results` have figures for.
+pub(super) fn charts(results: &Results) -> Vec<Chart> {
+    let alike = |one: &Work, other: &Work| Work { depth: 0, ..*one } == Work { depth: 0, ..*other };
+    let mut charts = Vec::new();
+    for cells in results.cells.chunk_by(|one, other| alike(&one.cell.work, &other.cell.work)) {
+        let work = cells[0].cell.work;
+        let (mut depths, mut ways) = (Vec::<u16>::new(), Vec::<Way>::new());
+        for cell in cells {
+            if !depths.contains(&cell.cell.work.depth) {
+                depths.push(cell.cell.work.depth);
+            }
+            if !ways.contains(&cell.cell.way) {
+                ways.push(cell.cell.way);
+            }
+        }
+        for (name, meaning, figure) in FIGURES {
+            let value = |way: &Way, depth: u16| {
+                let cell = cells.iter().find(|cell| cell.cell.way == *way && cell.cell.work.depth == depth)?;
+                let of = |subject| cell.summary.get(&subject);
+                figure(&Figures { ours: of(Subject::Skiff), host: of(Subject::Host), qemu: of(Subject::Qemu) })
+            };
+            let of_way = |way: &Way| (label(*way), depths.iter().map(|depth| value(way, *depth)).collect::<Vec<_>>());
+            let series: Vec<_> = ways.iter().map(of_way).collect();
+            if series.iter().all(|(_, values)| values.iter().all(Option::is_none)) {
+                continue;
+            }
+            let bs = format_size(work.bs.into()).to_lowercase();
+            let (content, rw, queues) = (work.content.name(), work.rw.name(), work.queues);
+            charts.push(Chart {
+                name: format!("{content}-{rw}-{bs}-q{queues}-{name}"),
+                title: format!("{content}, {rw} {bs}, {queues} queue{}: {meaning}", if queues > 1 { "s" } else { "" }),
+                groups: depths.iter().map(|depth| format!("depth {depth}")).collect(),
+                series,
+            });
+        }
+    }
+    charts
+}
+
+fn label(way: Way) -> String {
+    let ioeventfd = if way.ioeventfd { "" } else { ", ioeventfd=off" };
+    format!("{}, cache={}{ioeventfd}", way.aio.name(), way.cache.name())
+}
+
+impl Chart {
+    /// The chart as an SVG document.
+    pub(super) fn svg(&self) -> String {
+        let (left, top, right, bottom) = PLOT;
+        let values = || self.series.iter().flat_map(|(_, values)| values.iter().flatten().copied());
+        let top_value = round_up(values().fold(0.0, f64::max));
+        let mut svg = format!(
+            "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {WIDTH} {HEIGHT}\" font-family=\"sans-serif\" \
+             font-size=\"12\">\n<text x=\"{left}\" y=\"20\" font-size=\"14\">{}</text>\n",
+            escape(&self.title)
+        );
+        for step in 0..=STEPS {
+            let part = f64::from(step) / f64::from(STEPS);
+            let (y, value) = (bottom - part * (bottom - top), number(part * top_value));
+            let _ = writeln!(svg, "<path d=\"M{left} {y:.1}H{right}\" stroke=\"#ccc\"/>");
+            let _ = writeln!(svg, "<text x=\"{}\" y=\"{:.1}\" text-anchor=\"end\">{value}</text>", left - 6.0, y + 4.0);
+        }
+        let group = (right - left) / self.groups.len().max(1) as f64;
+        let bar = group * 0.8 / self.series.len().max(1) as f64;
+        for (at, name) in self.groups.iter().enumerate() {
+            let start = left + group * at as f64;
+            let (middle, below) = (start + group / 2.0, bottom + 18.0);
+            let _ =
+                writeln!(svg, "<text x=\"{middle:.1}\" y=\"{below}\" text-anchor=\"middle\">{}</text>", escape(name));
+            for (index, (label, values)) in self.series.iter().enumerate() {
+                let Some(value) = values.get(at).copied().flatten() else { continue };
+                let height = value / top_value * (bottom - top);
+                let x = start + group * 0.1 + bar * index as f64;
+                let _ = writeln!(
+                    svg,
+                    "<rect x=\"{x:.1}\" y=\"{:.1}\" width=\"{:.1}\" height=\"{height:.1}\" fill=\"{}\"><title>{}, {}: {}</title></rect>",
+                    bottom - height,
+                    bar * 0.9,
+                    COLOURS[index % COLOURS.len()],
+                    escape(label),
+                    escape(name),
+                    number(value)
+                );
+            }
+        }
+        for (index, (label, _)) in self.series.iter().enumerate() {
+            let (x, y) = (left + 210.0 * (index % 3) as f64, bottom + 38.0 + 16.0 * (index / 3) as f64);
+            let colour = COLOURS[index % COLOURS.len()];
+            let _ = writeln!(svg, "<path d=\"M{x} {:.1}h10\" stroke=\"{colour}\" stroke-width=\"10\"/>", y - 4.0);
+            let _ = writeln!(svg, "<text x=\"{}\" y=\"{y}\">{}</text>", x + 16.0, escape(label));
+        }
+        svg + "</svg>\n"
+    }
+}
+
+/// 1, 2 or 5 times a power of ten that is not below `value`.
+fn round_up(value: f64) -> f64 {
+    if value <= 0.0 {
+        return 1.0;
+    }
+    let power = 10_f64.powf(value.log10().floor());
+    [1.0, 2.0, 5.0, 10.0].into_iter().map(|factor| factor * power).find(|round| *round >= value).unwrap_or(value)
+}
+
+fn number(value: f64) -> String {
+    match value {
+        1e6.. => format!("{:.2}M", value / 1e6),
+        1e4..1e6 => format!("{:.1}k", value / 1e3),
+        100.0..1e4 => format!("{value:.0}"),
+        _ => format!("{value:.2}"),
+    }
+}
+
+fn escape(text: &str) -> String {
+    text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;").replace('"', "&quot;")
+}
+
+impl Results {
+    /// A page with every chart and the tables, complete in itself; it prints a chart or two to a sheet.
+    pub fn to_html(&self) -> String {
+        let mut page = String::from(
+            "<!DOCTYPE html>\n<html lang=\"en\"><head><meta charset=\"utf-8\"><title>skiff bench</title>\n<style>\
+             body{font-family:sans-serif;max-width:60em;margin:1em auto;padding:0 1em}svg{width:100%;break-inside:avoid}\
+             pre{overflow-x:auto;font-size:80%}</style></head>\n<body><h1>skiff bench</h1>\n",
+        );
+        if !self.complete {
+            page.push_str("<p><strong>Interrupted: not all was measured.</strong></p>\n");
+        }
+        let _ = writeln!(
+            page,
+            "<pre>{}\n{}</pre>",
+            escape(&self.manifest.to_string()),
+            escape(&self.manifest.command.join(" "))
+        );
+        for chart in charts(self) {
+            page.push_str(&chart.svg());
+        }
+        let _ = writeln!(page, "<pre>{}</pre>\n</body></html>", escape(&self.to_string()));
+        page
+    }
+
+    /// Every chart as an SVG document, with a name for its file.
+    pub fn to_svg(&self) -> impl Iterator<Item = (String, String)> {
+        charts(self).into_iter().map(|chart| (format!("{}.svg", chart.name), chart.svg()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Write;
+    use std::process::{Command, Stdio};
+
+    fn chart() -> Chart {
+        let series = vec![
+            ("threads <1>".to_owned(), vec![Some(1000.0), Some(4000.0)]),
+            ("native & co".to_owned(), vec![None, Some(2000.0)]),
+        ];
+        let groups = vec!["depth 1".to_owned(), "depth 32".to_owned()];
+        Chart { name: "n".to_owned(), title: "written".to_owned(), groups, series }
+    }
+
+    /// The heights of the bars, in the order of the drawing.
+    fn heights(svg: &str) -> Vec<f64> {
+        let bars = svg.lines().filter(|line| line.starts_with("<rect"));
+        bars.map(|bar| bar.split(" height=\"").nth(1).unwrap().split('"').next().unwrap().parse().unwrap()).collect()
+    }
+
+    #[test]
+    fn bars_are_as_high_as_their_values() {
+        // The scale ends at 5000, the plot is 190 high.
+        assert_eq!(heights(&chart().svg()), [1000.0, 4000.0, 2000.0].map(|value| value / 5000.0 * 190.0));
+    }
+
+    /// An XML parser that is not ours has a look.
+    #[test]
+    fn it_is_well_formed() {
+        let check = "import sys, xml.dom.minidom as m; print(len(m.parse(sys.stdin).getElementsByTagName('rect')))";
+        let python = Command::new("python3").args(["-c", check]).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn();
+        let Ok(mut python) = python else {
+            println!("SKIPPED skiff::bench::chart::it_is_well_formed: no python3");
+            return;
+        };
+        python.stdin.take().unwrap().write_all(chart().svg().as_bytes()).unwrap();
+        let output = python.wait_with_output().unwrap();
+        assert_eq!(String::from_utf8_lossy(&output.stdout).trim(), "3");
+    }
+
+    #[test]
+    fn scales_end_at_round_numbers() {
+        for (value, end) in [(0.0, 1), (0.9, 1), (1.2, 2), (3.0, 5), (5.5, 10), (81_000.0, 100_000), (100.0, 100)] {
+            assert_eq!(format!("{:.0}", round_up(value)), end.to_string(), "{value}");
+        }
+    }
+}
