@@ -16,10 +16,10 @@ fn text(path: &Path) -> &str {
     path.to_str().expect("UTF-8")
 }
 
-/// The kernel's network modules: directories, hundreds of files, 20 MB.
+/// The kernel's netfilter modules: 167 files in Debian 12, 7 MB.
 fn tree() -> std::path::PathBuf {
     let release = std::fs::read_to_string(assets::guest("release")).unwrap();
-    let kernel = assets::target().join("linux/modules/lib/modules").join(release.trim()).join("kernel/net");
+    let kernel = assets::target().join("linux/modules/lib/modules").join(release.trim()).join("kernel/net/netfilter");
     assert!(kernel.is_dir(), "{}", kernel.display());
     kernel
 }
