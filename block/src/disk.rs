@@ -5,6 +5,7 @@ use std::fs::{File, FileType, OpenOptions};
 use std::io::{self, ErrorKind, Seek, SeekFrom};
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::Duration;
 
@@ -137,6 +138,7 @@ pub struct Disk {
     alignment: Alignment,
     topology: Topology,
     ranges: Ranges,
+    flush_failed: AtomicBool,
 }
 
 impl Disk {
@@ -174,7 +176,8 @@ impl Disk {
         }
         let topology =
             Topology::of(&file, alignment.block).map_err(|error| DiskError::Io { path: path.into(), error })?;
-        Ok(Self { id: id.to_owned(), file, size, readonly, cache, alignment, topology, ranges: Ranges::default() })
+        let (id, ranges, flush_failed) = (id.to_owned(), Ranges::default(), AtomicBool::new(false));
+        Ok(Self { id, file, size, readonly, cache, alignment, topology, ranges, flush_failed })
     }
 
     /// As on a host that demands `alignment`, at least as coarse as that of this one.
@@ -224,8 +227,29 @@ impl Disk {
     }
 
     /// Puts everything written so far on stable storage (`fdatasync`). Blocks.
+    ///
+    /// # Errors
+    /// What the host says; and through the page cache, once it has said so, for ever.
     pub fn flush(&self) -> io::Result<()> {
-        self.file.sync_data()
+        self.flushed(self.file.sync_data())
+    }
+
+    /// What an `fdatasync` comes to that the host answered with `result`. After one that failed Linux takes for written
+    /// what it could not write from the page cache: the next succeeds, though that is lost (fsync(2)). Nobody may be told
+    /// that it is stable, so no flush succeeds any more.
+    pub(crate) fn flushed(&self, result: io::Result<()>) -> io::Result<()> {
+        if self.cache.is_direct() {
+            return result;
+        }
+        if result.is_err() {
+            self.flush_failed.store(true, Ordering::SeqCst);
+        } else if self.flush_failed.load(Ordering::SeqCst) {
+            return Err(io::Error::other(
+                "an earlier flush failed, and the host has dropped what it could not write: end the machine and check what \
+                 is on the disk",
+            ));
+        }
+        result
     }
 }
 

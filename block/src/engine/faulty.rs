@@ -2,7 +2,7 @@
 //! For tests: a host that misbehaves as hosts do, and that can be held.
 
 use std::collections::VecDeque;
-use std::io;
+use std::io::{self, ErrorKind};
 use std::ops::Range;
 use std::sync::{Arc, Condvar, Mutex};
 
@@ -100,8 +100,15 @@ impl Image for Faulty {
     }
 
     fn flush(&self) -> io::Result<()> {
-        self.begin(Call::Flush)?;
-        Disk::flush(&self.disk)
+        match self.begin(Call::Flush) {
+            // Nothing has been tried.
+            Err(error) if error.kind() == ErrorKind::Interrupted => Err(error),
+            begun => self.flushed(begun.and_then(|_| Disk::flush(&self.disk))),
+        }
+    }
+
+    fn flushed(&self, result: io::Result<()>) -> io::Result<()> {
+        self.disk.flushed(result)
     }
 
     fn zero(&self, range: &Range<u64>, unmap: bool) -> io::Result<()> {

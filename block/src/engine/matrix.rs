@@ -277,6 +277,35 @@ fn a_flush_the_kernel_lacks_is_done_all_the_same() {
     await_completions(&mut *engine, 1).remove(0).result.unwrap();
 }
 
+/// After a flush that failed the page cache takes for written what it could not write, and the next `fdatasync` succeeds
+/// (fsync(2), Linux): for whoever asks again that must not count. Past the page cache nothing is forgotten.
+#[test]
+fn a_flush_that_failed_does_not_succeed_later() {
+    // A turn for handing each over, and one for its completion.
+    let script = [&[Fault::Pass, Fault::Report((-libc::EIO).into())], &[Fault::Pass; 4][..]].concat();
+    for bed in [DIRECT, Bed { cache: CacheMode::Writeback, ..DIRECT }] {
+        let disk = || bed.disk(1 << 20);
+        let (over_threads, over_uring) = (disk(), disk());
+        let event = EventFd::new(EFD_NONBLOCK).unwrap();
+        let image = HostFaulty::new(over_threads.2, &[HostFault::Fail(libc::EINTR), HostFault::Fail(libc::EIO)]);
+        let pool = Box::new(ThreadPool::helper(image, "test-io", event).unwrap());
+        let ring = faulty(uring, &script)(over_uring.2.clone());
+        for mut engine in [pool, ring] {
+            let results = [(); 3].map(|()| {
+                engine.push(op(OpKind::Flush, 0, &[], &memory(4096)), 0);
+                engine.submit();
+                await_completions(&mut *engine, 1).remove(0).result
+            });
+            assert_eq!(results[0].as_ref().unwrap_err().raw_os_error(), Some(libc::EIO));
+            for later in &results[1..] {
+                let said = later.as_ref().err().map(ToString::to_string).unwrap_or_default();
+                assert_eq!(said.contains("an earlier flush failed"), !bed.cache.is_direct(), "{bed:?} {said}");
+            }
+        }
+        assert_eq!(over_uring.2.flush().is_ok(), bed.cache.is_direct(), "whoever flushes it");
+    }
+}
+
 /// What the kernel does not even begin is completed, and announced, all the same.
 #[test]
 fn what_is_refused_at_once_completes() {

@@ -136,6 +136,10 @@ impl<R: Ring> RingEngine<R> {
             }
             self.free.push(number);
             match judge(&op, result) {
+                Some(result) if op.kind == OpKind::Flush => {
+                    let result = self.image.flushed(result);
+                    completions.push(Completion { tag, op, result });
+                }
                 Some(result) => completions.push(Completion { tag, op, result }),
                 None => self.help(op, tag),
             }

@@ -34,8 +34,11 @@ pub(super) trait Image: Send + Sync {
     /// The buffers are mapped until it returns.
     unsafe fn write_at(&self, buffers: &[iovec], offset: u64, durable: bool) -> io::Result<usize>;
 
-    /// As `fdatasync(2)`.
+    /// As `fdatasync(2)`, and [`Image::flushed`].
     fn flush(&self) -> io::Result<()>;
+
+    /// What a flush comes to that was made by other means, with this `result`.
+    fn flushed(&self, result: io::Result<()>) -> io::Result<()>;
 
     /// Makes `range` read as zero without transferring zeroes, as `fallocate(2)` with FALLOC_FL_ZERO_RANGE, or with
     /// FALLOC_FL_PUNCH_HOLE if `unmap`. Its ends are multiples of the topology's unit.
@@ -71,6 +74,10 @@ impl Image for Disk {
 
     fn flush(&self) -> io::Result<()> {
         Disk::flush(self)
+    }
+
+    fn flushed(&self, result: io::Result<()>) -> io::Result<()> {
+        Disk::flushed(self, result)
     }
 
     fn zero(&self, range: &Range<u64>, unmap: bool) -> io::Result<()> {

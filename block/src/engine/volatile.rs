@@ -252,6 +252,10 @@ impl Image for Volatile {
         Ok(())
     }
 
+    fn flushed(&self, result: io::Result<()>) -> io::Result<()> {
+        result
+    }
+
     fn zero(&self, range: &Range<u64>, _unmap: bool) -> io::Result<()> {
         // Some hosts cannot, and it is written by hand.
         if self.lock().random().is_multiple_of(4) {
