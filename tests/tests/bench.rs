@@ -129,6 +129,31 @@ fn every_form_of_the_results_is_written() {
 }
 
 #[test]
+fn runs_are_compared() {
+    let folder = scratch();
+    let write = |name: &str, iops: [f64; 3]| {
+        let iops = serde_json::json!({ "min": iops[0], "median": iops[1], "max": iops[2] });
+        let cell = serde_json::json!({ "rw": "read", "bs": 4096, "summary": { "skiff": { "iops": iops } } });
+        let path = folder.path().join(name);
+        fs::write(&path, serde_json::json!({ "schema": 1, "cells": [cell] }).to_string()).expect("a report");
+        path.display().to_string()
+    };
+    let (fast, slow) = (write("fast.json", [99.0, 100.0, 101.0]), write("slow.json", [79.0, 80.0, 81.0]));
+    for (before, after, threshold, code, words) in [
+        (&fast, &slow, "5", 1, "slower  -20.0 %"),
+        (&slow, &fast, "5", 0, "faster  +25.0 %"),
+        (&fast, &slow, "30", 0, "1 of 1 cells are alike"),
+        (&fast, &fast, "0", 0, "1 of 1 cells are alike"),
+    ] {
+        let output = bench(&["compare", before, after, "--threshold", threshold]).output().expect("skiff starts");
+        assert_eq!(outcome(&output), (Some(code), String::new()), "{before} {after}");
+        assert!(String::from_utf8_lossy(&output.stdout).contains(words), "{before} {after}");
+    }
+    let (code, line) = outcome(&bench(&["compare", &fast, "/nonexistent"]).output().expect("skiff starts"));
+    assert_eq!((code, line.starts_with("skiff: /nonexistent: ")), (Some(1), true), "{line}");
+}
+
+#[test]
 fn queues_and_doorbells() {
     if !kvm("queues_and_doorbells") {
         return;

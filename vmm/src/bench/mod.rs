@@ -6,6 +6,7 @@
 //! disturbs all that are compared. docs/bench.md describes the JSON form of the results.
 
 mod chart;
+mod compare;
 mod csv;
 mod host;
 mod image;
@@ -28,6 +29,7 @@ use anyhow::{Context, bail, ensure};
 use guest::workload::pattern;
 use serde::Serialize;
 
+pub use compare::Comparison;
 pub use manifest::Manifest;
 pub use plan::{Axes, Cell, Content, Place, Plan, Subject, Way, Work};
 pub use sample::{Latency, Sample};

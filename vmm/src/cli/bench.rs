@@ -10,10 +10,10 @@ use std::time::Duration;
 use anyhow::Context;
 use block::cache::CacheMode;
 use block::engine::Aio;
-use clap::{Args, ValueHint};
+use clap::{Args, Subcommand, ValueHint};
 use guest::workload::Mix;
 use signal_hook::consts::{SIGINT, SIGTERM};
-use skiff::bench::{self, Axes, Content, Place, Plan, Progress, Subject};
+use skiff::bench::{self, Axes, Comparison, Content, Place, Plan, Progress, Subject};
 use skiff::config::parse_size;
 
 use super::Failure;
@@ -32,13 +32,18 @@ Examples:
     skiff bench --full --vs host,qemu --json full.json
   Sequential reads from a block device, which is not written to:
     skiff bench --disk /dev/vdb --rw read --bs 1M --depths 1,8
+  What a change of the host did:
+    skiff bench compare before.json after.json
 
 Exit codes:
   0    everything was measured
   1    something failed, or it was interrupted; what was measured is shown
   2    usage")]
 #[expect(clippy::struct_excessive_bools, reason = "each is a flag")]
+#[command(args_conflicts_with_subcommands = true)]
 pub(super) struct BenchArgs {
+    #[command(subcommand)]
+    other: Option<Other>,
     /// Measure this image or block device
     #[arg(long, value_name = "PATH", value_hint = ValueHint::FilePath, conflicts_with_all = ["dir", "size", "content"])]
     disk: Option<PathBuf>,
@@ -112,8 +117,38 @@ pub(super) struct BenchArgs {
     svg: Option<PathBuf>,
 }
 
+#[derive(Debug, Subcommand)]
+enum Other {
+    Compare(CompareArgs),
+}
+
+/// Say what changed between two runs, beyond the noise of both
+///
+/// Exit code 1 if some cell became slower.
+#[derive(Debug, Args)]
+struct CompareArgs {
+    /// The --json of the run before
+    before: PathBuf,
+    /// The --json of the run after
+    after: PathBuf,
+    /// Per cent that a change must exceed
+    #[arg(long, value_name = "PERCENT", default_value_t = 5, value_parser = clap::value_parser!(u8).range(0..100))]
+    threshold: u8,
+}
+
+impl CompareArgs {
+    fn run(&self) -> Result<u8, Failure> {
+        let comparison = Comparison::of(&self.before, &self.after, f64::from(self.threshold) / 100.0)?;
+        super::print(&comparison.to_string())?;
+        Ok(u8::from(comparison.is_regression()))
+    }
+}
+
 impl BenchArgs {
     pub(super) fn run(&self) -> Result<u8, Failure> {
+        if let Some(Other::Compare(compare)) = &self.other {
+            return compare.run();
+        }
         let plan = self.plan()?;
         let stop = Arc::new(AtomicBool::new(false));
         for signal in [SIGINT, SIGTERM] {

@@ -1,0 +1,180 @@
+//! `skiff bench compare`: what changed between two runs, beyond the noise of both. Main thread.
+
+use std::fmt;
+use std::fs;
+use std::path::Path;
+
+use anyhow::{Context, bail};
+use serde_json::Value;
+
+use super::SCHEMA;
+
+/// The fields that tell cells apart.
+const KEY: [&str; 8] = ["content", "rw", "bs", "depth", "queues", "aio", "cache", "ioeventfd"];
+
+/// Two measurements of one cell: skiff's requests per second.
+#[derive(Clone, Debug, PartialEq)]
+struct Pair {
+    cell: String,
+    before: Range,
+    after: Range,
+}
+
+/// The median of some rounds, the smallest and the largest.
+#[derive(Clone, Copy, Debug, PartialEq)]
+struct Range {
+    median: f64,
+    min: f64,
+    max: f64,
+}
+
+/// What changed.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Comparison {
+    pairs: Vec<Pair>,
+    /// Cells that only one of the two runs has.
+    unmatched: usize,
+    threshold: f64,
+}
+
+impl Pair {
+    fn ratio(&self) -> f64 {
+        self.after.median / self.before.median
+    }
+
+    /// No round of the one run reaches into those of the other, and the medians differ by more than `threshold`.
+    fn changed(&self, threshold: f64) -> bool {
+        let apart = self.after.max < self.before.min || self.after.min > self.before.max;
+        apart && (self.ratio() - 1.0).abs() > threshold
+    }
+}
+
+impl Comparison {
+    /// Of the JSON files of two runs. A change counts if it is more than `threshold`, a part of the first run's figure.
+    ///
+    /// # Errors
+    /// When a file is none of ours, or they have no cell in common.
+    pub fn of(before: &Path, after: &Path, threshold: f64) -> anyhow::Result<Self> {
+        Self::between(&read(before)?, &read(after)?, threshold)
+    }
+
+    fn between(before: &[(String, Range)], after: &[(String, Range)], threshold: f64) -> anyhow::Result<Self> {
+        let pairs: Vec<_> = before
+            .iter()
+            .filter_map(|(cell, before)| {
+                let (_, after) = after.iter().find(|(other, _)| other == cell)?;
+                Some(Pair { cell: cell.clone(), before: *before, after: *after })
+            })
+            .collect();
+        if pairs.is_empty() {
+            bail!("the two runs have no cell in common; compare runs of the same --rw, --bs, --depths and so on");
+        }
+        Ok(Self { unmatched: before.len() + after.len() - 2 * pairs.len(), pairs, threshold })
+    }
+
+    /// Whether some cell became slower.
+    pub fn is_regression(&self) -> bool {
+        self.pairs.iter().any(|pair| pair.changed(self.threshold) && pair.ratio() < 1.0)
+    }
+}
+
+/// The cells of a report with what skiff reached.
+fn read(path: &Path) -> anyhow::Result<Vec<(String, Range)>> {
+    let place = || path.display().to_string();
+    let text = fs::read_to_string(path).with_context(place)?;
+    let report: Value =
+        serde_json::from_str(&text).with_context(|| format!("{}: no report of skiff bench", place()))?;
+    if report["schema"] != SCHEMA {
+        bail!("{}: no report of this skiff bench; make it again with --json", place());
+    }
+    let cells = report["cells"].as_array().map_or(&[][..], Vec::as_slice);
+    Ok(cells.iter().filter_map(cell).collect())
+}
+
+fn cell(cell: &Value) -> Option<(String, Range)> {
+    let word = |key: &str| match &cell[key] {
+        Value::String(word) => word.clone(),
+        other => format!("{key}={other}"),
+    };
+    let iops = &cell["summary"]["skiff"]["iops"];
+    let number = |key: &str| iops[key].as_f64();
+    let range = Range { median: number("median")?, min: number("min")?, max: number("max")? };
+    Some((KEY.map(word).join(" "), range))
+}
+
+impl fmt::Display for Comparison {
+    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut alike = 0;
+        for pair in &self.pairs {
+            if !pair.changed(self.threshold) {
+                alike += 1;
+                continue;
+            }
+            let Pair { cell, before, after } = pair;
+            let word = if pair.ratio() < 1.0 { "slower" } else { "faster" };
+            let percent = (pair.ratio() - 1.0) * 100.0;
+            writeln!(out, "{word} {percent:+6.1} %  {cell}: {:.0} -> {:.0} IOPS", before.median, after.median)?;
+        }
+        writeln!(
+            out,
+            "{alike} of {} cells are alike within their noise and {:.0} %",
+            self.pairs.len(),
+            self.threshold * 100.0
+        )?;
+        if self.unmatched > 0 {
+            writeln!(out, "{} cells are in one of the two only", self.unmatched)?;
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn one(cell: &str, min: f64, median: f64, max: f64) -> (String, Range) {
+        (cell.to_owned(), Range { median, min, max })
+    }
+
+    #[test]
+    fn only_what_is_beyond_noise_and_threshold_counts() {
+        let before =
+            [one("slow", 90.0, 100.0, 110.0), one("wide", 50.0, 100.0, 150.0), one("near", 99.0, 100.0, 100.5)];
+        for (name, min, median, max, changed) in [
+            ("slow", 70.0, 80.0, 89.0, true),
+            ("slow", 111.0, 120.0, 130.0, true),
+            ("slow", 70.0, 80.0, 91.0, false),
+            ("wide", 60.0, 70.0, 80.0, false),
+            ("near", 97.0, 98.0, 98.5, false),
+        ] {
+            let comparison = Comparison::between(&before, &[one(name, min, median, max)], 0.05).unwrap();
+            assert_eq!(comparison.pairs[0].changed(0.05), changed, "{name} {median}");
+            assert_eq!(comparison.is_regression(), changed && median < 100.0, "{name} {median}");
+            assert_eq!(comparison.unmatched, 2);
+        }
+    }
+
+    #[test]
+    fn in_words() {
+        let before = [one("a", 90.0, 100.0, 110.0), one("b", 90.0, 100.0, 110.0), one("c", 1.0, 1.0, 1.0)];
+        let after = [one("a", 70.0, 80.0, 85.0), one("b", 90.0, 101.0, 110.0)];
+        let text = Comparison::between(&before, &after, 0.05).unwrap().to_string();
+        let expected = "slower  -20.0 %  a: 100 -> 80 IOPS\n1 of 2 cells are alike within their noise and 5 %\n\
+                        1 cells are in one of the two only\n";
+        assert_eq!(text, expected);
+    }
+
+    #[test]
+    fn files_that_are_no_reports() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("a.json");
+        for (text, message) in [("x", "no report of skiff bench"), ("{}", "no report of this skiff bench")] {
+            fs::write(&file, text).unwrap();
+            let error = format!("{:#}", Comparison::of(&file, &file, 0.05).unwrap_err());
+            assert!(error.contains(message), "{error}");
+        }
+        fs::write(&file, r#"{"schema":1,"cells":[]}"#).unwrap();
+        assert!(Comparison::of(&file, &file, 0.05).unwrap_err().to_string().contains("no cell in common"));
+        assert!(Comparison::of(Path::new("/nonexistent"), &file, 0.05).is_err());
+    }
+}
