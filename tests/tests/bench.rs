@@ -248,10 +248,11 @@ fn an_interrupt_ends_it_with_what_there_is() {
     let more = ["--repeat=90", "--vs=none", "--engines=threads", "--json", json.to_str().expect("UTF-8")];
     words.retain(|word| word != "--repeat" && word != "1");
     let mut command = bench(&words.iter().map(String::as_str).chain(more).collect::<Vec<_>>());
-    let bench = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("skiff starts");
+    let mut bench = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("skiff starts");
     let mut seen = Vec::new();
     // Until the third machine runs.
     while seen.len() < 3 {
+        assert!(bench.try_wait().expect("its end").is_none(), "it ended before it was interrupted");
         seen.extend(children(bench.id()).into_iter().filter(|child| !seen.contains(child)).collect::<Vec<_>>());
         thread::sleep(Duration::from_millis(5));
     }
@@ -269,6 +270,85 @@ fn an_interrupt_ends_it_with_what_there_is() {
     for child in seen {
         assert!(!PathBuf::from(format!("/proc/{child}/exe")).exists(), "{child} is left");
     }
+}
+
+/// The guest waits for skiff, at full speed: it must not do so for ever.
+#[test]
+fn no_machine_outlives_a_killed_bench() {
+    if !kvm("no_machine_outlives_a_killed_bench") {
+        return;
+    }
+    let folder = scratch();
+    let mut words = small(folder.path());
+    words.extend(["--repeat=90", "--vs=none", "--engines=threads"].map(str::to_owned));
+    words.retain(|word| word != "--repeat" && word != "1");
+    let mut bench = bench(&words.iter().map(String::as_str).collect::<Vec<_>>())
+        .stdout(Stdio::null())
+        .spawn()
+        .expect("skiff starts");
+    // Until a machine runs: before that the child is a copy of its parent.
+    let machine = loop {
+        assert!(bench.try_wait().expect("its end").is_none(), "it ended before it was killed");
+        let runs = |child: &u32| {
+            let words = fs::read(format!("/proc/{child}/cmdline")).unwrap_or_default();
+            words.split(|byte| *byte == 0).nth(1) == Some(b"run")
+        };
+        if let Some(child) = children(bench.id()).into_iter().find(runs) {
+            break child;
+        }
+        thread::sleep(Duration::from_millis(5));
+    };
+    bench.kill().expect("it is killed");
+    bench.wait().expect("it ends");
+    let runs = || {
+        let status = fs::read_to_string(format!("/proc/{machine}/status")).unwrap_or_default();
+        status.lines().any(|line| line.starts_with("State:") && !line.contains('Z'))
+    };
+    let patience = (0..3000).find(|_| {
+        thread::sleep(Duration::from_millis(10));
+        !runs()
+    });
+    if patience.is_none() {
+        let _ = Command::new("kill").args(["-KILL", &machine.to_string()]).status();
+        panic!("the machine goes on");
+    }
+}
+
+/// What is measured without a machine is interrupted too.
+#[test]
+fn an_interrupt_does_not_wait_for_the_yardstick() {
+    if !kvm("an_interrupt_does_not_wait_for_the_yardstick") {
+        return;
+    }
+    let folder = scratch();
+    let mut words = small(folder.path());
+    words.iter_mut().filter(|word| *word == "0.1").for_each(|word| "1000".clone_into(word));
+    // In the order of this seed the yardstick comes first.
+    words.extend(["--engines=threads", "--cache=none", "--depths=1", "--seed=2"].map(str::to_owned));
+    let mut bench = bench(&words.iter().map(String::as_str).collect::<Vec<_>>())
+        .stdout(Stdio::null())
+        .spawn()
+        .expect("skiff starts");
+    let tasks = format!("/proc/{}/task", bench.id());
+    let measures = || {
+        let mut threads = fs::read_dir(&tasks).into_iter().flatten().flatten();
+        threads.any(|thread| fs::read_to_string(thread.path().join("comm")).is_ok_and(|name| name.starts_with("yard")))
+    };
+    while !measures() {
+        assert!(bench.try_wait().expect("its end").is_none(), "it ended before it measured");
+        assert!(children(bench.id()).is_empty(), "the yardstick is first");
+        thread::sleep(Duration::from_millis(5));
+    }
+    assert!(Command::new("kill").args(["-INT", &bench.id().to_string()]).status().expect("kill").success());
+    // Not after the thousand seconds that were asked for.
+    let end = (0..12_000).find_map(|_| {
+        thread::sleep(Duration::from_millis(10));
+        bench.try_wait().expect("its end")
+    });
+    if end.is_none() {
+        bench.kill().expect("it is killed");
+    }
+    assert_eq!(end.map(|status| status.code()), Some(Some(1)));
 }
 
 /// Runs `script` as root of a mount namespace of its own; nothing where that is not allowed.
@@ -299,6 +379,34 @@ fn a_full_disk_is_told_before_anything_runs() {
     assert_eq!(code, Some(1), "{line}");
     assert_eq!(line, "skiff: --dir /mnt: a written file of 64M: no room; name a smaller --size or another folder\n");
     assert_eq!(String::from_utf8_lossy(&output.stdout).trim(), "0", "nothing is left");
+}
+
+/// Not after the hours that a run may take.
+#[test]
+fn what_cannot_work_is_told_before_anything_runs() {
+    if !kvm("what_cannot_work_is_told_before_anything_runs") {
+        return;
+    }
+    let folder = scratch();
+    let empty = folder.path().join("empty");
+    fs::write(&empty, "").expect("an empty file");
+    let empty = empty.to_str().expect("UTF-8");
+    let table: &[(&[&str], &str)] = &[
+        (&["--disk", "/nonexistent.img"], "skiff: --disk: disk image \"/nonexistent.img\" does not exist: "),
+        (&["--disk", empty], "is empty: "),
+        (&["--disk", "/dev/null"], "is a character device: "),
+        (&["--size", "4M", "--json", "/nonexistent/a"], "skiff: --json /nonexistent/a: "),
+        (&["--size", "4M", "--csv", "/dev"], "skiff: --csv /dev: "),
+        (&["--size", "4M", "--html", "/nonexistent/a"], "skiff: --html /nonexistent/a: "),
+        (&["--size", "4M", "--svg", empty], "skiff: --svg "),
+    ];
+    for (words, part) in table {
+        let output = bench(words).current_dir(folder.path()).output().expect("skiff starts");
+        let (code, line) = outcome(&output);
+        assert_eq!((code, line.lines().count(), output.stdout.len()), (Some(1), 1, 0), "{words:?}: {line}");
+        assert!(line.contains(part), "{words:?}: {line}");
+    }
+    assert_eq!(fs::read_dir(folder.path()).expect("the folder").count(), 1, "nothing is left");
 }
 
 #[test]

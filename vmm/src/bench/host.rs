@@ -6,17 +6,18 @@ use std::path::Path;
 use std::process;
 use std::slice;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::Instant;
 
-use anyhow::{Context, anyhow};
+use anyhow::{Context, anyhow, bail};
 use block::disk::Disk;
 use block::engine::{Completion, Engine, Op, OpKind};
 use guest::workload::{Workload, pattern};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
-use super::machine::Timing;
+use super::machine::Machines;
 use super::plan::Cell;
 use super::sample::{Counted, Histogram, Sample};
 use super::usage::Usage;
@@ -26,11 +27,12 @@ use crate::memory;
 /// What the threads are called, so that their CPU time can be told from ours.
 const NAME: &str = "yard";
 
-/// Measures `cell` on the image at `path`.
+/// Measures `cell` on the image at `path`, timed and seeded as `machines` are.
 ///
 /// # Errors
-/// When the host refuses the image, the engine or a request.
-pub(super) fn run(cell: &Cell, path: &Path, timing: &Timing, seed: u64) -> anyhow::Result<Sample> {
+/// When the host refuses the image, the engine or a request. Or when it is to stop.
+pub(super) fn run(cell: &Cell, path: &Path, machines: &Machines<'_>) -> anyhow::Result<Sample> {
+    let Machines { timing, seed, stop, .. } = machines;
     let readonly = !cell.work.rw.writes();
     let disk = Arc::new(Disk::open(path, readonly, cell.way.cache, "host")?);
     let mut drivers = (0..cell.work.queues)
@@ -44,7 +46,7 @@ pub(super) fn run(cell: &Cell, path: &Path, timing: &Timing, seed: u64) -> anyho
             .enumerate()
             .map(|(queue, driver)| {
                 let thread = thread::Builder::new().name(format!("{NAME}-q{queue}"));
-                thread.spawn_scoped(scope, move || driver.drive(begin, begin + timing.runtime))
+                thread.spawn_scoped(scope, move || driver.drive(begin, begin + timing.runtime, stop))
             })
             .collect::<Result<_, _>>()
             .context("no thread")?;
@@ -127,8 +129,9 @@ impl Driver {
         })
     }
 
-    /// Keeps the engine full until `end`, and counts from `begin` on. What this thread used is in what it returns.
-    fn drive(&mut self, begin: Instant, end: Instant) -> anyhow::Result<Usage> {
+    /// Keeps the engine full until `end`, and counts from `begin` on. What this thread used is in what it returns. An error
+    /// when `stop` becomes true.
+    fn drive(&mut self, begin: Instant, end: Instant, stop: &AtomicBool) -> anyhow::Result<Usage> {
         let now = Instant::now();
         for tag in 0..self.depth {
             let op = self.new_op(tag);
@@ -141,6 +144,9 @@ impl Driver {
             if completions.is_empty() {
                 let _ = self.epoll.wait(-1, &mut [EpollEvent::default()]);
                 continue;
+            }
+            if stop.load(Ordering::Relaxed) {
+                bail!("interrupted");
             }
             let now = Instant::now();
             for Completion { tag, op, result } in completions.drain(..) {

@@ -1,9 +1,10 @@
 //! A measurement inside a machine: `skiff run` or QEMU as a child process with the guest in it, so that its CPU time is
 //! its own and nothing of it is left afterwards. The guest says when it is ready and when it is done, and waits each time,
 //! so that the counters of the process are read where nothing runs.
+#![expect(unsafe_code, reason = "only between fork and exec can a child be told to end with us")]
 
 use std::fmt::Write as _;
-use std::io::{BufRead, BufReader, Read, Write};
+use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command, Stdio};
@@ -57,6 +58,7 @@ impl Machines<'_> {
         };
         // In a group of its own: Ctrl-C is for us, and we end it.
         command.process_group(0).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        end_with_this_thread(&mut command);
         let child =
             command.spawn().with_context(|| format!("{} cannot be started", command.get_program().display()))?;
         Conversation::new(child, self.stop, HUNG + self.timing.warm_up + self.timing.runtime)
@@ -123,6 +125,21 @@ impl Machines<'_> {
         command.args(["-append", &format!("{} {MICROVM_PCI}", self.words(cell))]);
         command
     }
+}
+
+/// However this thread ends, by SIGKILL too, what `command` starts is killed then: its guest waits for us, at full speed.
+fn end_with_this_thread(command: &mut Command) {
+    let parent = std::process::id();
+    let ask = move || {
+        // SAFETY: prctl takes numbers here and touches no memory (PR_SET_PDEATHSIG(2const)).
+        if unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) } != 0 {
+            return Err(io::Error::last_os_error());
+        }
+        // Nobody is left to end with if we are gone already.
+        if std::os::unix::process::parent_id() == parent { Ok(()) } else { Err(io::ErrorKind::Interrupted.into()) }
+    };
+    // SAFETY: between fork and exec `ask` makes two system calls, and neither allocates nor takes a lock.
+    unsafe { command.pre_exec(ask) };
 }
 
 /// QEMU's program.

@@ -26,6 +26,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail, ensure};
+use block::cache::CacheMode;
+use block::disk::Disk;
 use guest::workload::pattern;
 use serde::Serialize;
 
@@ -154,7 +156,8 @@ impl Results {
 /// that fails does not keep others from being measured.
 ///
 /// # Errors
-/// When it cannot begin: no KVM, an engine that the host lacks, no room for the disk, no QEMU where it is asked for.
+/// When it cannot begin: no KVM, an engine that the host lacks, no such disk, no room for one, no QEMU where
+/// it is asked for.
 pub fn run(plan: &Plan, stop: &AtomicBool, mut progress: impl FnMut(&Progress)) -> anyhow::Result<Results> {
     let tsc_khz = tsc_khz()?;
     let manifest = Manifest::new(plan);
@@ -209,7 +212,10 @@ pub fn run(plan: &Plan, stop: &AtomicBool, mut progress: impl FnMut(&Progress)) 
 /// The disks of the plan, by content.
 fn prepare(plan: &Plan, stop: &AtomicBool) -> anyhow::Result<BTreeMap<Content, Image>> {
     match &plan.place {
-        Place::Given(path) => Ok(BTreeMap::from([(Content::Given, Image::Given(path.clone()))])),
+        Place::Given(path) => {
+            Disk::look(path, CacheMode::Writeback, "bench").context("--disk")?;
+            Ok(BTreeMap::from([(Content::Given, Image::Given(path.clone()))]))
+        }
         Place::Own(folder, size) => {
             let make = |&content| Ok((content, Image::make(folder, *size, content, stop)?));
             plan.axes.contents.iter().map(make).collect()
@@ -220,8 +226,9 @@ fn prepare(plan: &Plan, stop: &AtomicBool) -> anyhow::Result<BTreeMap<Content, I
 fn measure(machines: &Machines<'_>, subject: Subject, cell: &Cell, image: &Image) -> anyhow::Result<Sample> {
     let path = image.path();
     let sample = match subject {
-        Subject::Host => host::run(cell, &path, &machines.timing, machines.seed)
-            .with_context(|| format!("{} on the host", machine::describe(cell))),
+        Subject::Host => {
+            host::run(cell, &path, machines).with_context(|| format!("{} on the host", machine::describe(cell)))
+        }
         Subject::Skiff | Subject::Qemu => machines.run(subject, cell, &path),
     };
     if cell.work.rw.writes() {

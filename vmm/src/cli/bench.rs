@@ -7,12 +7,12 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
-use anyhow::Context;
+use anyhow::{Context, ensure};
 use block::cache::CacheMode;
 use block::engine::Aio;
 use clap::{Args, Subcommand, ValueHint};
 use guest::workload::Mix;
-use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use skiff::bench::{self, Axes, Comparison, Content, Place, Plan, Progress, Subject};
 use skiff::config::parse_size;
 
@@ -150,8 +150,9 @@ impl BenchArgs {
             return compare.run();
         }
         let plan = self.plan()?;
+        self.check_outputs()?;
         let stop = Arc::new(AtomicBool::new(false));
-        for signal in [SIGINT, SIGTERM] {
+        for signal in [SIGINT, SIGTERM, SIGHUP] {
             signal_hook::flag::register(signal, stop.clone()).context("signals")?;
         }
         let results = bench::run(&plan, &stop, show)?;
@@ -167,6 +168,22 @@ impl BenchArgs {
         }
         let well = results.complete && results.cells.iter().all(|cell| cell.errors.is_empty());
         Ok(u8::from(!well))
+    }
+
+    /// Whether what is asked for can be written, while nothing is lost yet. Leaves files as they are.
+    fn check_outputs(&self) -> anyhow::Result<()> {
+        for (flag, path) in [("--json", &self.json), ("--csv", &self.csv), ("--html", &self.html)] {
+            let Some(path) = path else { continue };
+            let is_new = path.symlink_metadata().is_err();
+            let opened = fs::OpenOptions::new().append(true).create(true).open(path);
+            opened.with_context(|| format!("{flag} {}", path.display()))?;
+            if is_new {
+                fs::remove_file(path).with_context(|| format!("{flag} {}", path.display()))?;
+            }
+        }
+        let Some(folder) = &self.svg else { return Ok(()) };
+        ensure!(folder.is_dir(), "--svg {}: no such folder; make it first", folder.display());
+        Ok(())
     }
 
     fn plan(&self) -> Result<Plan, Failure> {
