@@ -9,8 +9,11 @@ pub(super) const BYTES: usize = 60;
 /// Where the field `writeback` is, the only one that a driver writes.
 pub(super) const WRITEBACK: u64 = 32;
 
-/// The most ranges of one request to discard or to zero.
-pub(super) const MAX_RANGES: u32 = 64;
+/// The most ranges of one request to discard.
+pub(super) const MAX_DISCARD_RANGES: u32 = 64;
+
+/// The most ranges of one request to zero: a limit of sectors is one of the whole request then.
+pub(super) const MAX_ZERO_RANGES: u32 = 1;
 
 /// The most sectors of one range: 1 GiB. More in one piece gains nothing, and where the host can only write the zeroes a
 /// request must still end before a driver loses its patience.
@@ -50,11 +53,11 @@ impl Config<'_> {
             let most = MAX_RANGE_SECTORS - MAX_RANGE_SECTORS % alignment;
             if self.unmap {
                 put(36, &most.to_le_bytes());
-                put(40, &MAX_RANGES.to_le_bytes());
+                put(40, &MAX_DISCARD_RANGES.to_le_bytes());
                 put(44, &alignment.to_le_bytes());
             }
             put(48, &most.to_le_bytes());
-            put(52, &MAX_RANGES.to_le_bytes());
+            put(52, &MAX_ZERO_RANGES.to_le_bytes());
             put(56, &[self.unmap.into()]);
         }
         bytes

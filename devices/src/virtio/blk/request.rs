@@ -12,7 +12,7 @@ use virtio_bindings::virtio_blk::{
 use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryMmap};
 
 use super::Broken;
-use super::config::{MAX_RANGE_SECTORS, MAX_RANGES};
+use super::config::{MAX_DISCARD_RANGES, MAX_RANGE_SECTORS, MAX_ZERO_RANGES};
 use super::write_cache::WriteCache;
 use crate::virtio::area;
 use crate::virtio::queue::{Chain, Segment};
@@ -222,14 +222,18 @@ fn place(header: &Header, buffers: &[(GuestAddress, u32)], rules: &Rules) -> Opt
 /// What a request to discard or to zero asks for; fills in `op.ranges`.
 fn change(kind: u32, segments: &[Segment], rules: &Rules, op: &mut Op) -> Action {
     // Not in the op, whose buffers are for data.
-    let mut bytes = [0; RANGE_BYTES * MAX_RANGES as usize];
-    let Some(bytes) = read_ranges(segments, &op.memory, &mut bytes) else { return Action::Answer(Status::IoError) };
+    let mut bytes = [0; RANGE_BYTES * MAX_DISCARD_RANGES as usize];
+    let (known, most) = match kind {
+        VIRTIO_BLK_T_DISCARD => (0, MAX_DISCARD_RANGES),
+        _ => (VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP, MAX_ZERO_RANGES),
+    };
+    let room = &mut bytes[..RANGE_BYTES * most as usize];
+    let Some(bytes) = read_ranges(segments, &op.memory, room) else { return Action::Answer(Status::IoError) };
     let durable = rules.cache.is_durable();
     let mut unmap = rules.may_unmap;
     for range in bytes.chunks_exact(RANGE_BYTES) {
         let number = |at: usize| u32::from_le_bytes([range[at], range[at + 1], range[at + 2], range[at + 3]]);
         let (sector, sectors, flags) = (u64::from(number(4)) << 32 | u64::from(number(0)), number(8), number(12));
-        let known = if kind == VIRTIO_BLK_T_DISCARD { 0 } else { VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP };
         if flags & !known != 0 {
             return Action::Answer(Status::Unsupported);
         }
@@ -238,7 +242,6 @@ fn change(kind: u32, segments: &[Segment], rules: &Rules, op: &mut Op) -> Action
             Some(end) if end <= rules.size && sectors <= MAX_RANGE_SECTORS => op.ranges.push(sector * SECTOR_SIZE..end),
             _ => return Action::Answer(Status::IoError),
         }
-        // One word for all of them: blocks are kept if some are to be.
         unmap &= flags & VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP != 0;
     }
     let kind = match kind {

@@ -22,12 +22,12 @@ fn configuration_as_the_specification_lays_it_out() {
     expected[24] = block.ilog2() as u8 - 9;
     expected[26..28].copy_from_slice(&(block as u16 / 512).to_le_bytes());
     expected[32] = 1;
-    // Sectors and ranges of one request, and the alignment of a discard; the same for zeroes, which may be unmapped.
+    // Sectors of a range and ranges of one discard, and its alignment; the same of zeroes, which may be unmapped.
     expected[36..40].copy_from_slice(&(1_u32 << 21).to_le_bytes());
     expected[40..44].copy_from_slice(&64_u32.to_le_bytes());
     expected[44..48].copy_from_slice(&(block / 512).to_le_bytes());
     expected[48..52].copy_from_slice(&(1_u32 << 21).to_le_bytes());
-    expected[52..56].copy_from_slice(&64_u32.to_le_bytes());
+    expected[52..56].copy_from_slice(&1_u32.to_le_bytes());
     expected[56] = 1;
     assert_eq!(config, expected);
     for (offset, width) in (0..64).flat_map(|offset| [1, 2, 4, 8].map(|width| (offset, width))) {
