@@ -23,7 +23,7 @@ pub struct Rates {
 pub struct Limits {
     /// Requests as the guest makes them.
     pub requests: Rates,
-    /// Bytes of data.
+    /// Bytes of data, and of what is zeroed.
     pub bytes: Rates,
     /// What an idle disk saves up and may do at once: what each rate yields in this time. At least a request passes even
     /// if it is larger than that; what follows waits the longer.

@@ -95,7 +95,7 @@ fn lock(throttle: &Mutex<Throttle>) -> MutexGuard<'_, Throttle> {
     throttle.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// The limits a request is subject to; none for a flush. One that changes a range is a write without data.
+/// The limits a request is subject to; none for a flush. One that changes a range is a write.
 fn direction(op: &Op) -> Option<Direction> {
     match op.kind {
         OpKind::Read => Some(Direction::Read),
@@ -104,7 +104,10 @@ fn direction(op: &Op) -> Option<Direction> {
     }
 }
 
-/// Bytes of data.
+/// Bytes of data: what the host moves, or may have to write. A discard has none.
 fn bytes(op: &Op) -> u64 {
-    op.segments.iter().map(|segment| u64::from(segment.1)).sum()
+    match op.kind {
+        OpKind::WriteZeroes { .. } => op.ranges.iter().map(|range| range.end - range.start).sum(),
+        _ => op.segments.iter().map(|segment| u64::from(segment.1)).sum(),
+    }
 }

@@ -51,6 +51,27 @@ fn what_is_over_the_limit_waits_and_a_reset_does_not_wait_for_it() {
     assert!((Duration::from_secs(2032)..=Duration::from_secs(2544)).contains(&due), "{due:?}");
 }
 
+/// The host may have to write zeroes that the driver does not send, and must not for free. A discard writes nothing.
+#[test]
+fn zeroes_are_bytes_too() {
+    const FEATURES: u64 = PLAIN | 1 << VIRTIO_BLK_F_DISCARD | 1 << VIRTIO_BLK_F_WRITE_ZEROES;
+    let bytes = Rates { write: rate(1), ..Rates::default() };
+    let limits = Some(Limits { requests: Rates::default(), bytes, burst: Duration::from_secs(3600) });
+    let (image, mut guest) = (Image::new(), Guest::new(FEATURES));
+    let mut blk = image.open_for(&BlkOptions { limits, ..BlkOptions::default() });
+    guest.activate(&mut blk);
+    // 16 sectors from sector 8 on; virtio 1.2, 5.2.6: 11 is a discard, 13 write zeroes.
+    guest.fill(DATA, &[&8_u64.to_le_bytes()[..], &16_u32.to_le_bytes(), &[0; 4]].concat());
+    for kind in [11, 11, 13] {
+        assert_eq!(guest.request(kind, 0, &[readable(DATA, 16)]), (OK, 1), "type {kind}");
+    }
+    blk.reset();
+    let now = Instant::now();
+    let due = blk.limited.as_ref().unwrap().lock().unwrap().reserve(Direction::Write, 512, now) - now;
+    // 8192 bytes out of 3600, and 512 more.
+    assert!((Duration::from_secs(4600)..=Duration::from_secs(5104)).contains(&due), "{due:?}");
+}
+
 #[test]
 fn what_is_saved_up_does_not_wait() {
     let requests = Rates { total: rate(1), ..Rates::default() };
