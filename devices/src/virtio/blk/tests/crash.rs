@@ -8,6 +8,7 @@ use std::fmt;
 
 use block::direct::Alignment;
 use block::engine::Engine;
+use block::engine::merge::Merge;
 use block::engine::volatile::{Lie, Volatile};
 use proptest::prelude::*;
 use proptest::strategy::ValueTree;
@@ -51,6 +52,8 @@ struct Transfer {
     queue: u64,
     sector: usize,
     count: usize,
+    /// It goes on where the one before ended, in the same queue, if there is room.
+    follows: bool,
     /// Where its data begins, past an aligned address, and after how many bytes it goes on elsewhere.
     skew: u64,
     cut: u64,
@@ -58,8 +61,11 @@ struct Transfer {
 
 fn history() -> impl Strategy<Value = (u64, Vec<Step>)> {
     let skew = prop_oneof![3 => Just(0), 1 => Just(512), 1 => 1..600_u64];
-    let transfer = (0..QUEUES, 0..FEW, 1..10_usize, skew, 0..5_u64).prop_map(|(queue, sector, count, skew, cut)| {
-        Transfer { queue, sector, count: count.min(FEW - sector), skew, cut: cut * 300 }
+    let cut = prop_oneof![2 => Just(0), 1 => Just(512), 1 => 1..1300_u64];
+    let transfer = (0..QUEUES, 0..FEW, 1..10_usize, any::<bool>(), skew, cut);
+    let transfer = transfer.prop_map(|(queue, sector, count, follows, skew, cut)| {
+        let count = count.min(FEW - sector);
+        Transfer { queue, sector, count, follows, skew, cut }
     });
     let step = prop_oneof![
         6 => transfer.clone().prop_map(Step::Write),
@@ -110,6 +116,8 @@ struct History {
     heads: Vec<HashMap<u16, usize>>,
     /// By number. The first stands for what was there before: it is no request.
     requests: Vec<Request>,
+    /// Where the last transfer ended: its queue, and the sector after it.
+    last: (u64, usize),
     /// Since when the disk has a write cache or none, in order.
     cache: Vec<(u64, bool)>,
     now: u64,
@@ -129,6 +137,7 @@ impl History {
             kicks: (0..QUEUES).map(|_| EventFd::new(EFD_NONBLOCK).unwrap()).collect(),
             heads: vec![HashMap::new(); QUEUES as usize],
             requests: vec![origin],
+            last: (0, 0),
             cache: vec![(0, has_cache)],
             now: 0,
         }
@@ -176,12 +185,15 @@ impl History {
     }
 
     fn transfer(&mut self, kind: u32, transfer: &Transfer) {
-        let Transfer { queue, sector, count, skew, cut } = *transfer;
+        let Transfer { count, follows, skew, cut, .. } = *transfer;
+        let goes_on = follows && self.last.1 + count <= FEW;
+        let (queue, sector) = if goes_on { self.last } else { (transfer.queue, transfer.sector) };
+        self.last = (queue, sector + count);
         let id = self.requests.len();
         let (start, len) = (DATA + id as u64 * ROOM, count as u64 * 512);
         let cut = cut.min(len);
         // Two pieces with a gap, so that they do not lie in one.
-        let pieces = [(start + skew, cut), (start + skew + cut + 64, len - cut)];
+        let pieces = [(start + skew, cut), (start + skew + cut + 512, len - cut)];
         let segment = |(address, len): (u64, u64)| {
             if kind == OUT { readable(address, len as u32) } else { writable(address, len as u32) }
         };
@@ -320,7 +332,11 @@ impl Case<'_> {
         let alignment = if self.cache.is_direct() { direct } else { Alignment::NONE };
         let image = Volatile::new(FEW, alignment, self.lie, seed);
         let mut history = History::new(self.cache, self.features);
-        let workers = history.start(&disk, || if self.ring { image.ring() } else { image.pool() });
+        let engine = || if self.ring { image.ring() } else { image.pool() };
+        // Neighbours go together in every second history.
+        let merge = seed.is_multiple_of(2);
+        let merging = |engine| if merge { Box::new(Merge::new(engine)) as Box<dyn Engine> } else { engine };
+        let workers = history.start(&disk, || engine().map(merging));
         steps.iter().try_for_each(|step| history.step(&disk, &image, step))?;
         history.collect()?;
         let left = image.lose_power();
