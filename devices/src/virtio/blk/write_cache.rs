@@ -73,7 +73,7 @@ impl WriteCache {
     /// `flush`, of the disk, takes.
     ///
     /// # Errors
-    /// What the host says to the flush. Then the driver's own flushes still reach the host.
+    /// What the host says to the flush. Then it is on, and the driver reads that it is.
     pub(super) fn switch(&self, on: bool, flush: impl FnOnce() -> io::Result<()>) -> io::Result<()> {
         if !self.switchable.load(Ordering::SeqCst) {
             return Ok(());
@@ -83,10 +83,8 @@ impl WriteCache {
             return Ok(());
         }
         let was_on = self.state.swap(CLOSING, Ordering::SeqCst) != OFF;
-        if was_on && self.mode != CacheMode::Unsafe {
-            flush()?;
-        }
-        self.set(false);
-        Ok(())
+        let flushed = if was_on && self.mode != CacheMode::Unsafe { flush() } else { Ok(()) };
+        self.set(flushed.is_err());
+        flushed
     }
 }

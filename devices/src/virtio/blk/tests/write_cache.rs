@@ -117,6 +117,17 @@ fn guest_without_switch(blk: &mut Blk) {
     assert_eq!(writeback(blk), 1);
 }
 
+/// A driver that reads the field back, as Linux does, goes on to flush what may not be stable.
+#[test]
+fn a_cache_that_cannot_be_emptied_stays() {
+    let cache = WriteCache::new(CacheMode::Writeback);
+    let error = cache.switch(false, || Err(io::Error::from_raw_os_error(5))).unwrap_err();
+    assert_eq!(error.raw_os_error(), Some(5));
+    assert!(cache.is_on() && !cache.is_durable() && cache.flushes());
+    cache.switch(false, || Ok(())).unwrap();
+    assert!(!cache.is_on() && cache.is_durable() && !cache.flushes());
+}
+
 /// An engine that completes what it was given when it is told to, and shows what that was.
 struct Stepped {
     ops: Vec<(Op, u16)>,
