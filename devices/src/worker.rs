@@ -41,6 +41,12 @@ impl<T: Send + 'static> Worker<T> {
 }
 
 impl<T> Worker<T> {
+    /// Asks the thread to end and does not wait for it: for several that are to stop together.
+    pub fn ask(&self) {
+        // The counter of an eventfd that only we write cannot overflow.
+        let _ = self.stop.write(1);
+    }
+
     /// Whether the thread has ended by itself.
     #[cfg(test)]
     pub(crate) fn is_finished(&self) -> bool {
@@ -49,8 +55,7 @@ impl<T> Worker<T> {
 
     fn join(&mut self) -> Option<thread::Result<T>> {
         let thread = self.thread.take()?;
-        // The counter of an eventfd that only we write cannot overflow.
-        let _ = self.stop.write(1);
+        self.ask();
         Some(thread.join())
     }
 }

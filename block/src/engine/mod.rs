@@ -49,8 +49,8 @@ pub enum OpKind {
     },
 }
 
-/// One transfer between the image and guest memory, or one change of the image alone. It owns what it touches: the engine may use the memory until the
-/// completion hands the `Op` back, whatever happens to the device in between.
+/// One transfer between the image and guest memory, or one change of the image alone. It owns what it touches: the engine
+/// may use the memory until the completion hands the `Op` back, whatever happens to the device in between.
 #[derive(Debug)]
 pub struct Op {
     /// What to do.

@@ -1,8 +1,8 @@
 #![expect(unsafe_code, reason = "hands guest memory to the kernel")]
 //! What the engines over a queue in the kernel have in common. The kernel gets the plain case, a transfer it can do as it
 //! is; whatever needs more (buffers that O_DIRECT does not take, a part of a block, the rest of a short transfer, discarding
-//! and zeroing, an operation the kernel lacks) is done whole by a few helper threads, so that it never holds up the queue. Owned by the
-//! worker.
+//! and zeroing, an operation the kernel lacks) is done whole by a few helper threads, so that it never holds up the queue.
+//! Owned by the worker.
 
 use std::collections::VecDeque;
 use std::io;

@@ -278,6 +278,7 @@ impl VirtioDevice for Blk {
 
     /// Also flushes the disk if the guest wrote to it and the cache mode flushes: each worker does when it stops.
     fn reset(&mut self) {
+        self.workers.iter().for_each(Worker::ask);
         self.workers.drain(..).for_each(Worker::stop);
         self.write_cache.end();
     }

@@ -81,8 +81,9 @@ pub(super) struct Request {
 }
 
 impl Request {
-    /// Reads the header of `chain`, once, and fills in what `op` works on: buffers, or ranges. Descriptors may be cut anywhere: the
-    /// header is the first 16 device-readable bytes, the status the last device-writable byte (virtio 1.2, 2.7.4.1).
+    /// Reads the header of `chain`, once, and fills in what `op` works on: buffers, or ranges. Descriptors may be cut
+    /// anywhere: the header is the first 16 device-readable bytes, the status the last device-writable byte (virtio 1.2,
+    /// 2.7.4.1).
     ///
     /// # Errors
     /// When there is no place for the status, or readable buffers follow writable ones: there is no way to answer.

@@ -1,7 +1,7 @@
 //! What virtio-blk promises about power failures (virtio 1.2, 5.2.6.2): a write is stable when it is completed and the
-//! disk had no write cache all the time, or when a flush that was sent after its completion is completed. Random requests go through
-//! the device and the engines' own code to an image with a volatile cache, whose power fails at a random moment; what is
-//! left must be explained by the requests.
+//! disk had no write cache all the time, or when a flush that was sent after its completion is completed. Random requests
+//! go through the device, merging and the engines' own code to an image with a volatile cache, whose power fails at a random
+//! moment; what is left must be explained by the requests.
 
 use std::collections::HashMap;
 use std::fmt;

@@ -126,6 +126,23 @@ fn a_broken_queue_stops_its_device_until_the_reset() {
     }
 }
 
+/// A transfer of one queue may wait for those of another, on blocks that both write: none is left to its driver meanwhile.
+#[test]
+fn a_reset_stops_all_queues_at_once() {
+    let mut blk = Image::new().open_with(2, 256, Aio::Threads);
+    let told = [(); 2].map(|()| EventFd::new(EFD_NONBLOCK).unwrap());
+    for own in 0..2 {
+        let [own, other] = [own, 1 - own].map(|queue| told[queue].try_clone().unwrap());
+        let body = move |stop: EventFd| {
+            wait(&stop);
+            own.write(1).unwrap();
+            wait(&other);
+        };
+        blk.workers.push(Worker::spawn("blk0", body).unwrap());
+    }
+    blk.reset();
+}
+
 #[test]
 fn a_queue_may_have_any_size() {
     for size in [4, 64, 1024] {
