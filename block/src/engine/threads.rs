@@ -6,7 +6,7 @@ use std::io;
 use std::mem;
 use std::num::NonZeroUsize;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, Once};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
@@ -27,6 +27,9 @@ const IDLE: Duration = Duration::from_secs(5);
 
 /// A thread needs little: `transfer` is shallow and its buffers are on the heap.
 const STACK_BYTES: usize = 128 * 1024;
+
+/// Said once: a guest can have pools started as often as it likes.
+static TOO_FEW: Once = Once::new();
 
 /// The engine `threads`. One thread always waits for work; more are started while work waits, and end when idle.
 pub struct ThreadPool {
@@ -203,7 +206,9 @@ impl Shared {
             && let Err(error) = self.start_thread(state)
         {
             state.limit = state.alive;
-            tracing::warn!("{}: the host gives no more than {} threads: {error}", self.name, state.limit);
+            TOO_FEW.call_once(|| {
+                tracing::warn!("{}: the host gives no more than {} threads: {error}", self.name, state.limit);
+            });
         }
     }
 
