@@ -107,6 +107,10 @@ fn open(option: &str, path: &Path) -> anyhow::Result<File> {
 /// # Errors
 /// When the machine cannot be started: one line that names the option and the remedy.
 pub fn run(config: &VmConfig, print: &dyn Fn(&str)) -> anyhow::Result<ExitReason> {
+    // Whoever asks before there is a machine to ask about gets nothing, but does not end us, as these would by default.
+    for signal in [SIGUSR1, SIGUSR2] {
+        signal_hook::flag::register(signal, Arc::default()).context("signals")?;
+    }
     let kvm = kvm::open()?;
     let resources = Resources::open(config)?;
     let exit = Arc::new(ExitLine::new().context("no eventfd")?);

@@ -4,6 +4,7 @@ use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
+use std::os::unix::process::ExitStatusExt;
 use std::process::{Child, Command, Stdio};
 
 use tempfile::TempDir;
@@ -203,6 +204,29 @@ fn statistics_on_demand_and_at_the_end() {
         assert_eq!(again, usize::from(flag.is_some() && !to_file), "{flag:?}");
         assert!(!to_file || log.unwrap().matches(head).count() == 2);
     }
+}
+
+/// While it waits for somebody to write its initial RAM disk into a FIFO.
+#[test]
+fn asking_before_the_machine_runs_does_no_harm() {
+    let folder = tempfile::tempdir().unwrap();
+    let fifo = folder.path().join("initrd");
+    assert!(Command::new("mkfifo").arg(&fifo).status().unwrap().success());
+    let Some(mut command) = machine(&folder, PANIC) else { return };
+    let mut child = command.arg("--initrd").arg(&fifo).spawn().unwrap();
+    let files = format!("/proc/{}/fd", child.id());
+    let has_kernel = || {
+        let mut files = fs::read_dir(&files).unwrap().flatten();
+        files.any(|file| fs::read_link(file.path()).is_ok_and(|file| file.ends_with("kernel.elf")))
+    };
+    while !has_kernel() {
+        assert_eq!(child.try_wait().unwrap(), None);
+    }
+    // Those that are pending together are delivered in the order of their numbers, which is this one.
+    for signal in ["USR1", "USR2", "TERM"] {
+        assert!(Command::new("kill").args(["-s", signal, &child.id().to_string()]).status().unwrap().success());
+    }
+    assert_eq!(child.wait().unwrap().signal(), Some(15));
 }
 
 #[test]
