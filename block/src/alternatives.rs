@@ -47,17 +47,19 @@ fn changes(facts: &Facts, wish: Wish) -> Vec<(String, Facts, Wish)> {
     }
     if let Direct::Works(Alignment { block, .. }) = facts.direct {
         let whole = facts.size.next_multiple_of(block);
-        change(format!("were the last block whole (truncate -s {whole} {path})"), &|it: &mut Facts| it.size = whole);
+        change(format!("were the last block whole (truncate -s {whole} \"{path}\")"), &|it: &mut Facts| {
+            it.size = whole;
+        });
     }
     let Kind::File { filesystem, blocks } = facts.kind else { return changes };
     let having = |blocks| move |it: &mut Facts| it.kind = Kind::File { filesystem, blocks };
     match blocks {
         Blocks::Sparse { .. } => {
-            let how = format!("had every byte its block (fallocate -l {} {path})", facts.size);
+            let how = format!("had every byte its block (fallocate -l {} \"{path}\")", facts.size);
             change(how, &having(Blocks::Reserved));
         }
         Blocks::Shared => {
-            let how = format!("were no blocks shared (copy it with cp --reflink=never {path} COPY)");
+            let how = format!("were no blocks shared (copy it with cp --reflink=never \"{path}\" COPY)");
             change(how, &having(Blocks::Written));
         }
         Blocks::Written | Blocks::Reserved => {}

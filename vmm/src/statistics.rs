@@ -87,6 +87,9 @@ fn write_disk(out: &mut fmt::Formatter<'_>, disk: &Disk) -> fmt::Result {
     let mut sum = Snapshot::default();
     disk.queues.iter().for_each(|queue| sum += queue);
     writeln!(out, "disk {}", disk.id)?;
+    if disk.queues.is_empty() {
+        return writeln!(out, "  no driver has used it");
+    }
     writeln!(out, "  {:<10}{:>14}{:>20}{:>10}", "", "requests", "bytes", "errors")?;
     for (at, kind) in Kind::ALL.iter().enumerate().filter(|(at, _)| sum.requests[*at] > 0) {
         let (requests, bytes, errors) = (sum.requests[at], sum.bytes[at], sum.errors[at]);
@@ -172,6 +175,8 @@ disk root
         assert!(text.starts_with(expected) && text.contains(heading), "{text}");
         assert_eq!(text.lines().filter(|line| line.contains("100.")).count(), 3, "{text}");
         assert_eq!(Report(Vec::new()).format(StatsFormat::Text), "no disks, no statistics\n");
+        let unused = Report(vec![Disk { id: "data".to_owned(), queues: Vec::new() }]);
+        assert_eq!(unused.format(StatsFormat::Text), "disk data\n  no driver has used it\n");
     }
 
     #[test]

@@ -176,7 +176,7 @@ impl Blk {
             let mut limit = self.log.lock().unwrap_or_else(PoisonError::into_inner);
             if let Some(suppressed) = limit.allow(Instant::now()) {
                 let disk = self.disk.id();
-                tracing::warn!("disk {disk}: flushing failed: {error} ({suppressed} such lines not shown)");
+                tracing::warn!("disk {disk}: flushing failed: {error}{suppressed}");
             }
         }
     }

@@ -308,7 +308,7 @@ impl QueueWorker {
         let mut limit = self.context.log.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(suppressed) = limit.allow(Instant::now()) {
             let disk = self.context.disk.id();
-            tracing::warn!("disk {disk}: {line} ({suppressed} such lines not shown)");
+            tracing::warn!("disk {disk}: {line}{suppressed}");
         }
     }
 
