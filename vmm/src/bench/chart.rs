@@ -89,7 +89,7 @@ pub(super) fn charts(results: &Results) -> Vec<Chart> {
 
 fn label(way: Way) -> String {
     let ioeventfd = if way.ioeventfd { "" } else { ", ioeventfd=off" };
-    format!("{}, cache={}{ioeventfd}", way.aio.name(), way.cache.name())
+    format!("{}, cache={}{ioeventfd}{}", way.aio.name(), way.cache.name(), way.polling(", poll-us="))
 }
 
 impl Chart {

@@ -10,7 +10,7 @@ use serde_json::Value;
 use super::SCHEMA;
 
 /// The fields that tell cells apart.
-const KEY: [&str; 8] = ["content", "rw", "bs", "depth", "queues", "aio", "cache", "ioeventfd"];
+const KEY: [&str; 9] = ["content", "rw", "bs", "depth", "queues", "aio", "cache", "ioeventfd", "poll_us"];
 
 /// Two measurements of one cell: skiff's requests per second.
 #[derive(Clone, Debug, PartialEq)]

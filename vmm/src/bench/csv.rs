@@ -5,8 +5,8 @@ use std::fmt::Write as _;
 use super::{Measured, Results, Sample, Subject};
 
 /// The columns. Their meaning is that of the JSON fields of the same names.
-const COLUMNS: &str = "content,rw,bs,depth,queues,aio,cache,ioeventfd,round,subject,seconds,requests,iops,\
-                       bytes_per_second,mean_us,min_us,p50_us,p99_us,p999_us,max_us,vcpu_us,io_us,io_switches,kicks,\
+const COLUMNS: &str = "content,rw,bs,depth,queues,aio,cache,ioeventfd,poll_us,round,subject,seconds,requests,\
+                       iops,bytes_per_second,mean_us,min_us,p50_us,p99_us,p999_us,max_us,vcpu_us,io_us,io_switches,kicks,\
                        interrupts";
 
 impl Results {
@@ -29,7 +29,8 @@ fn line(measured: &Measured, round: usize, subject: Subject, sample: &Sample) ->
     let (content, rw, aio, cache) = (work.content.name(), work.rw.name(), way.aio.name(), way.cache.name());
     let mut line = format!("{content},{rw},{},{},{},{aio},{cache},", work.bs, work.depth, work.queues);
     let ioeventfd = if way.ioeventfd { "on" } else { "off" };
-    let _ = write!(line, "{ioeventfd},{round},{},{},{}", subject.name(), sample.seconds, sample.requests);
+    let (poll_us, name) = (way.poll_us, subject.name());
+    let _ = write!(line, "{ioeventfd},{poll_us},{round},{name},{},{}", sample.seconds, sample.requests);
     let figures = [sample.iops, sample.bytes_per_second, latency.mean, latency.min, latency.p50, latency.p99];
     let more = [latency.p999, latency.max].into_iter();
     for figure in figures.into_iter().chain(more) {

@@ -85,12 +85,13 @@ impl Machines<'_> {
         let way = &cell.way;
         let switch = |on| if on { "on" } else { "off" };
         let option = format!(
-            "path={},readonly={},aio={},cache={},ioeventfd={},queues={},queue-size={}",
+            "path={},readonly={},aio={},cache={},ioeventfd={},poll-us={},queues={},queue-size={}",
             disk.display().to_string().replace(',', ",,"),
             switch(!cell.work.rw.writes()),
             way.aio.name(),
             way.cache.name(),
             switch(way.ioeventfd),
+            way.poll_us,
             cell.work.queues,
             queue_size(cell),
         );

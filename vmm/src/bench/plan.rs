@@ -65,6 +65,15 @@ pub struct Way {
     pub cache: CacheMode,
     /// Whether doorbells arrive through ioeventfds.
     pub ioeventfd: bool,
+    /// How long a worker may look for work before it sleeps, in microseconds.
+    pub poll_us: u32,
+}
+
+impl Way {
+    /// What to say of polling after `name`, if there is any.
+    pub(super) fn polling(self, name: &str) -> String {
+        if self.poll_us == 0 { String::new() } else { format!("{name}{}", self.poll_us) }
+    }
 }
 
 /// One cell of the table.
@@ -112,6 +121,8 @@ pub struct Axes {
     pub caches: Vec<CacheMode>,
     /// See [`Way::ioeventfd`].
     pub ioeventfds: Vec<bool>,
+    /// See [`Way::poll_us`].
+    pub polls: Vec<u32>,
 }
 
 impl Axes {
@@ -135,7 +146,9 @@ impl Axes {
         let mut ways = Vec::new();
         for &aio in &self.engines {
             for &cache in self.caches.iter().filter(|cache| aio.goes_with(**cache)) {
-                ways.extend(self.ioeventfds.iter().map(|&ioeventfd| Way { aio, cache, ioeventfd }));
+                for &ioeventfd in &self.ioeventfds {
+                    ways.extend(self.polls.iter().map(|&poll_us| Way { aio, cache, ioeventfd, poll_us }));
+                }
             }
         }
         ways
@@ -228,6 +241,7 @@ mod tests {
             engines: Aio::ALL.to_vec(),
             caches: vec![CacheMode::None, CacheMode::Writeback],
             ioeventfds: vec![true],
+            polls: vec![0],
         };
         let cells = axes.cells();
         // Three engines in two cache modes, less native through the page cache.

@@ -74,7 +74,7 @@ fn write_table(out: &mut fmt::Formatter<'_>, table: &[Measured]) -> fmt::Result 
         .collect();
     let unit = if work.bs >= LARGE { "MiB/s" } else { "IOPS" };
     writeln!(out, "{}", heading(&work))?;
-    write!(out, "  {:<9}{:<14}{:>9} {:<BAR$}", "engine", "cache", unit, "")?;
+    write!(out, "  {:<9}{:<16}{:>9} {:<BAR$}", "engine", "cache", unit, "")?;
     for subject in &compared {
         write!(out, "{:>9}", format!("/ {}", subject.name()))?;
     }
@@ -89,10 +89,10 @@ fn write_table(out: &mut fmt::Formatter<'_>, table: &[Measured]) -> fmt::Result 
 
 fn write_row(out: &mut fmt::Formatter<'_>, row: &Measured, best: f64, compared: &[Subject]) -> fmt::Result {
     let (work, way) = (&row.cell.work, &row.cell.way);
-    let cache = format!("{}{}", way.cache.name(), if way.ioeventfd { "" } else { " -ioev" });
+    let cache = format!("{}{}{}", way.cache.name(), if way.ioeventfd { "" } else { " -ioev" }, way.polling(" poll="));
     let summary = row.summary.get(&Subject::Skiff);
     let mark = if summary.is_some_and(|summary| summary.iops.median >= best) { '*' } else { ' ' };
-    write!(out, "{mark} {:<9}{cache:<14}", way.aio.name())?;
+    write!(out, "{mark} {:<9}{cache:<16}", way.aio.name())?;
     if let Some(summary) = summary {
         let Summary { iops, p50_us, p99_us, io_us, kicks, noise, .. } = summary;
         let bar = "#".repeat(((iops.median / best.max(1.0)) * BAR as f64).round() as usize);

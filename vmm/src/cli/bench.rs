@@ -82,6 +82,9 @@ pub(super) struct BenchArgs {
     /// Doorbells through an ioeventfd, or through the vCPU's thread [default: on]
     #[arg(long, value_name = "LIST", value_delimiter = ',', value_parser = ["on", "off"])]
     ioeventfd: Option<Vec<String>>,
+    /// Microseconds that a worker may look for work before it sleeps [default: 0]
+    #[arg(long, value_name = "LIST", value_delimiter = ',', value_parser = clap::value_parser!(u32).range(0..=10_000))]
+    poll_us: Option<Vec<u32>>,
     /// Seconds that each measurement counts [default: 1; with --full 3]
     #[arg(long, value_name = "SECONDS", value_parser = seconds)]
     runtime: Option<Duration>,
@@ -252,6 +255,7 @@ impl BenchArgs {
                 &[CacheMode::None, CacheMode::Writeback],
             ),
             ioeventfds: or(ioeventfds.as_ref(), full, &[true], &[true]),
+            polls: or(self.poll_us.as_ref(), full, &[0], &[0]),
         }
     }
 }
@@ -350,7 +354,8 @@ mod tests {
     fn lists() {
         let plan = plan(
             "--dir /d --size 64M --content hole,written --engines io_uring,native --cache none --depths 1,128 --bs 512,1M \
-             --rw read:64K,randrw --queues 1,4 --ioeventfd on,off --runtime 0.5s --repeat 2 --vs none --pin --seed 9",
+             --rw read:64K,randrw --queues 1,4 --ioeventfd on,off --poll-us 0,32 --runtime 0.5s --repeat 2 --vs none \
+             --pin --seed 9",
         )
         .unwrap();
         let axes = Axes {
@@ -362,6 +367,7 @@ mod tests {
             engines: vec![Aio::IoUring, Aio::Native],
             caches: vec![CacheMode::None],
             ioeventfds: vec![true, false],
+            polls: vec![0, 32],
         };
         let (runtime, warm_up) = (Duration::from_millis(500), Duration::from_millis(50));
         let place = Place::Own("/d".into(), 64 << 20);
