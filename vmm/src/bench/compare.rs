@@ -32,6 +32,8 @@ struct Range {
 #[derive(Clone, Debug, PartialEq)]
 pub struct Comparison {
     pairs: Vec<Pair>,
+    /// Cells that were measured before and failed after.
+    broken: Vec<String>,
     /// Cells that only one of the two runs has.
     unmatched: usize,
     threshold: f64,
@@ -55,10 +57,16 @@ impl Comparison {
     /// # Errors
     /// When a file is none of ours, or they have no cell in common.
     pub fn of(before: &Path, after: &Path, threshold: f64) -> anyhow::Result<Self> {
-        Self::between(&read(before)?, &read(after)?, threshold)
+        let (before, after) = (read(before)?, read(after)?);
+        Self::between(&before.measured, &after.measured, &after.failed, threshold)
     }
 
-    fn between(before: &[(String, Range)], after: &[(String, Range)], threshold: f64) -> anyhow::Result<Self> {
+    fn between(
+        before: &[(String, Range)],
+        after: &[(String, Range)],
+        failed: &[String],
+        threshold: f64,
+    ) -> anyhow::Result<Self> {
         let pairs: Vec<_> = before
             .iter()
             .filter_map(|(cell, before)| {
@@ -66,20 +74,30 @@ impl Comparison {
                 Some(Pair { cell: cell.clone(), before: *before, after: *after })
             })
             .collect();
-        if pairs.is_empty() {
+        let was_measured = |cell: &&String| before.iter().any(|(other, _)| other == *cell);
+        let broken: Vec<_> = failed.iter().filter(was_measured).cloned().collect();
+        if pairs.is_empty() && broken.is_empty() {
             bail!("the two runs have no cell in common; compare runs of the same --rw, --bs, --depths and so on");
         }
-        Ok(Self { unmatched: before.len() + after.len() - 2 * pairs.len(), pairs, threshold })
+        let unmatched = before.len() + after.len() - 2 * pairs.len() - broken.len();
+        Ok(Self { pairs, broken, unmatched, threshold })
     }
 
-    /// Whether some cell became slower.
+    /// Whether some cell became slower, or works no more.
     pub fn is_regression(&self) -> bool {
-        self.pairs.iter().any(|pair| pair.changed(self.threshold) && pair.ratio() < 1.0)
+        !self.broken.is_empty() || self.pairs.iter().any(|pair| pair.changed(self.threshold) && pair.ratio() < 1.0)
     }
 }
 
-/// The cells of a report with what skiff reached.
-fn read(path: &Path) -> anyhow::Result<Vec<(String, Range)>> {
+/// The cells of a report.
+struct Report {
+    /// With what skiff reached.
+    measured: Vec<(String, Range)>,
+    /// Nothing was reached, for something went wrong.
+    failed: Vec<String>,
+}
+
+fn read(path: &Path) -> anyhow::Result<Report> {
     let place = || path.display().to_string();
     let text = fs::read_to_string(path).with_context(place)?;
     let report: Value =
@@ -88,22 +106,32 @@ fn read(path: &Path) -> anyhow::Result<Vec<(String, Range)>> {
         bail!("{}: no report of this skiff bench; make it again with --json", place());
     }
     let cells = report["cells"].as_array().map_or(&[][..], Vec::as_slice);
-    Ok(cells.iter().filter_map(cell).collect())
+    let failed = |cell: &&Value| range(cell).is_none() && cell["errors"].as_array().is_some_and(|all| !all.is_empty());
+    Ok(Report {
+        measured: cells.iter().filter_map(|cell| Some((name(cell), range(cell)?))).collect(),
+        failed: cells.iter().filter(failed).map(name).collect(),
+    })
 }
 
-fn cell(cell: &Value) -> Option<(String, Range)> {
+fn name(cell: &Value) -> String {
     let word = |key: &str| match &cell[key] {
         Value::String(word) => word.clone(),
         other => format!("{key}={other}"),
     };
+    KEY.map(word).join(" ")
+}
+
+fn range(cell: &Value) -> Option<Range> {
     let iops = &cell["summary"]["skiff"]["iops"];
     let number = |key: &str| iops[key].as_f64();
-    let range = Range { median: number("median")?, min: number("min")?, max: number("max")? };
-    Some((KEY.map(word).join(" "), range))
+    Some(Range { median: number("median")?, min: number("min")?, max: number("max")? })
 }
 
 impl fmt::Display for Comparison {
     fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for cell in &self.broken {
+            writeln!(out, "failed            {cell}")?;
+        }
         let mut alike = 0;
         for pair in &self.pairs {
             if !pair.changed(self.threshold) {
@@ -147,7 +175,7 @@ mod tests {
             ("wide", 60.0, 70.0, 80.0, false),
             ("near", 97.0, 98.0, 98.5, false),
         ] {
-            let comparison = Comparison::between(&before, &[one(name, min, median, max)], 0.05).unwrap();
+            let comparison = Comparison::between(&before, &[one(name, min, median, max)], &[], 0.05).unwrap();
             assert_eq!(comparison.pairs[0].changed(0.05), changed, "{name} {median}");
             assert_eq!(comparison.is_regression(), changed && median < 100.0, "{name} {median}");
             assert_eq!(comparison.unmatched, 2);
@@ -158,10 +186,31 @@ mod tests {
     fn in_words() {
         let before = [one("a", 90.0, 100.0, 110.0), one("b", 90.0, 100.0, 110.0), one("c", 1.0, 1.0, 1.0)];
         let after = [one("a", 70.0, 80.0, 85.0), one("b", 90.0, 101.0, 110.0)];
-        let text = Comparison::between(&before, &after, 0.05).unwrap().to_string();
+        let text = Comparison::between(&before, &after, &[], 0.05).unwrap().to_string();
         let expected = "slower  -20.0 %  a: 100 -> 80 IOPS\n1 of 2 cells are alike within their noise and 5 %\n\
                         1 cells are in one of the two only\n";
         assert_eq!(text, expected);
+    }
+
+    #[test]
+    fn a_cell_that_works_no_more_is_a_regression() {
+        let before = [one("a", 90.0, 100.0, 110.0), one("b", 90.0, 100.0, 110.0)];
+        let failed = ["b".to_owned(), "new".to_owned()];
+        let comparison = Comparison::between(&before, &before[..1], &failed, 0.05).unwrap();
+        assert!(comparison.is_regression());
+        let expected = "failed            b\n1 of 1 cells are alike within their noise and 5 %\n";
+        assert_eq!(comparison.to_string(), expected);
+        let folder = tempfile::tempdir().unwrap();
+        let file = |name: &str, cell: &str| {
+            let path = folder.path().join(name);
+            fs::write(&path, format!("{{\"schema\":{SCHEMA},\"cells\":[{{\"rw\":\"read\",{cell}}}]}}")).unwrap();
+            path
+        };
+        let good = file("good", r#""errors":[],"summary":{"skiff":{"iops":{"median":1.0,"min":1.0,"max":1.0}}}"#);
+        let bad = file("bad", r#""errors":["no"],"summary":{}"#);
+        assert!(Comparison::of(&good, &bad, 0.05).unwrap().is_regression());
+        let interrupted = file("interrupted", r#""errors":[],"summary":{}"#);
+        assert!(Comparison::of(&good, &interrupted, 0.05).is_err(), "nothing in common");
     }
 
     #[test]

@@ -127,7 +127,7 @@ enum Other {
 
 /// Say what changed between two runs, beyond the noise of both
 ///
-/// Exit code 1 if some cell became slower.
+/// Exit code 1 if some cell became slower or fails now.
 #[derive(Debug, Args)]
 struct CompareArgs {
     /// The --json of the run before
