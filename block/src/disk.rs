@@ -5,7 +5,7 @@ use std::fs::{File, FileType, OpenOptions};
 use std::io::{self, ErrorKind, Seek, SeekFrom};
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, Ordering};
 use std::thread;
 use std::time::Duration;
 
@@ -139,6 +139,9 @@ pub struct Disk {
     topology: Topology,
     ranges: Ranges,
     flush_failed: AtomicBool,
+    /// Durable writes and flushes that failed, and the errno of the last.
+    failures: AtomicU64,
+    last_errno: AtomicI32,
 }
 
 impl Disk {
@@ -177,7 +180,8 @@ impl Disk {
         let topology =
             Topology::of(&file, alignment.block).map_err(|error| DiskError::Io { path: path.into(), error })?;
         let (id, ranges, flush_failed) = (id.to_owned(), Ranges::default(), AtomicBool::new(false));
-        Ok(Self { id, file, size, readonly, cache, alignment, topology, ranges, flush_failed })
+        let (failures, last_errno) = (AtomicU64::new(0), AtomicI32::new(0));
+        Ok(Self { id, file, size, readonly, cache, alignment, topology, ranges, flush_failed, failures, last_errno })
     }
 
     /// As on a host that demands `alignment`, at least as coarse as that of this one.
@@ -241,8 +245,9 @@ impl Disk {
         if self.cache.is_direct() {
             return result;
         }
-        if result.is_err() {
+        if let Err(error) = &result {
             self.flush_failed.store(true, Ordering::SeqCst);
+            self.note(error);
         } else if self.flush_failed.load(Ordering::SeqCst) {
             return Err(io::Error::other(
                 "an earlier flush failed, and the host has dropped what it could not write: end the machine and check what \
@@ -250,6 +255,34 @@ impl Disk {
             ));
         }
         result
+    }
+}
+
+impl Disk {
+    /// Durable writes and flushes that have failed so far, for [`Disk::written`].
+    pub(crate) fn failures(&self) -> u64 {
+        self.failures.load(Ordering::SeqCst)
+    }
+
+    /// What a durable write comes to that the host answered with `result`, and that began after `failures`. Linux tells of
+    /// a failed write-back once for each open file, so through the page cache one write is told what happened to another,
+    /// which then succeeds: all that were under way when one failed have failed.
+    pub(crate) fn written(&self, failures: u64, result: io::Result<()>) -> io::Result<()> {
+        if self.cache.is_direct() {
+            return result;
+        }
+        if let Err(error) = &result {
+            self.note(error);
+        } else if self.failures() != failures {
+            return Err(io::Error::from_raw_os_error(self.last_errno.load(Ordering::SeqCst)));
+        }
+        result
+    }
+
+    /// Something failed to become stable.
+    fn note(&self, error: &io::Error) {
+        self.last_errno.store(error.raw_os_error().unwrap_or(libc::EIO), Ordering::SeqCst);
+        self.failures.fetch_add(1, Ordering::SeqCst);
     }
 }
 

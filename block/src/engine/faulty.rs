@@ -111,6 +111,14 @@ impl Image for Faulty {
         self.disk.flushed(result)
     }
 
+    fn failures(&self) -> u64 {
+        self.disk.failures()
+    }
+
+    fn written(&self, failures: u64, result: io::Result<()>) -> io::Result<()> {
+        self.disk.written(failures, result)
+    }
+
     fn zero(&self, range: &Range<u64>, unmap: bool) -> io::Result<()> {
         self.begin(Call::Zero { range: range.clone(), unmap })?;
         self.disk.zero(range, unmap)

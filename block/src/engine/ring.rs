@@ -73,6 +73,8 @@ struct Slot {
     /// What the kernel reads while the op is in flight.
     buffers: Vec<iovec>,
     claim: Option<Claim>,
+    /// [`Image::failures`] when it was handed over.
+    failures: u64,
 }
 
 // SAFETY: the addresses in `buffers` are not tied to a thread, and `op` keeps their targets mapped.
@@ -110,6 +112,7 @@ impl<R: Ring> RingEngine<R> {
             // SAFETY: the number was free. `op` stays in the slot, and with it the memory, until the ring yields it; the
             // array is not touched while the slot is not free.
             unsafe { self.ring.queue(number, op.kind, op.offset, &slot.buffers) };
+            slot.failures = self.image.failures();
             slot.op = Some((op, tag));
         }
     }
@@ -128,19 +131,27 @@ impl<R: Ring> RingEngine<R> {
         let mut finished = mem::take(&mut self.finished);
         self.ring.reap(&mut finished);
         let any = !finished.is_empty();
+        if finished.iter().any(|&(_, result)| result < 0) {
+            // Failures first, for they may concern the others: `Image::written`.
+            finished.sort_unstable_by_key(|&(_, result)| result);
+        }
         for (number, result) in finished.drain(..) {
             let slot = &mut self.slots[number];
             let (op, tag) = slot.op.take().expect("the kernel completes each transfer once");
+            let failures = slot.failures;
             if let Some(claim) = slot.claim.take() {
                 self.image.ranges().release(&claim);
             }
             self.free.push(number);
             match judge(&op, result) {
-                Some(result) if op.kind == OpKind::Flush => {
-                    let result = self.image.flushed(result);
+                Some(result) => {
+                    let result = match op.kind {
+                        OpKind::Flush => self.image.flushed(result),
+                        OpKind::Write { durable: true } => self.image.written(failures, result),
+                        _ => result,
+                    };
                     completions.push(Completion { tag, op, result });
                 }
-                Some(result) => completions.push(Completion { tag, op, result }),
                 None => self.help(op, tag),
             }
         }

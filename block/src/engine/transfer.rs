@@ -40,6 +40,12 @@ pub(super) trait Image: Send + Sync {
     /// What a flush comes to that was made by other means, with this `result`.
     fn flushed(&self, result: io::Result<()>) -> io::Result<()>;
 
+    /// How many durable writes and flushes have failed, for [`Image::written`].
+    fn failures(&self) -> u64;
+
+    /// What a durable write comes to that the host answered with this `result`, and that began after `failures`.
+    fn written(&self, failures: u64, result: io::Result<()>) -> io::Result<()>;
+
     /// Makes `range` read as zero without transferring zeroes, as `fallocate(2)` with FALLOC_FL_ZERO_RANGE, or with
     /// FALLOC_FL_PUNCH_HOLE if `unmap`. Its ends are multiples of the topology's unit.
     fn zero(&self, range: &Range<u64>, unmap: bool) -> io::Result<()>;
@@ -78,6 +84,14 @@ impl Image for Disk {
 
     fn flushed(&self, result: io::Result<()>) -> io::Result<()> {
         Disk::flushed(self, result)
+    }
+
+    fn failures(&self) -> u64 {
+        Disk::failures(self)
+    }
+
+    fn written(&self, failures: u64, result: io::Result<()>) -> io::Result<()> {
+        Disk::written(self, failures, result)
     }
 
     fn zero(&self, range: &Range<u64>, unmap: bool) -> io::Result<()> {
@@ -130,27 +144,30 @@ pub(super) struct Scratch {
 /// # Errors
 /// `EFAULT` for a segment outside guest memory, `WriteZero` for a write that stops, and what the host says.
 pub(super) fn transfer(image: &dyn Image, op: &Op, scratch: &mut Scratch) -> io::Result<()> {
-    let durable = match op.kind {
-        OpKind::Flush => true,
+    let failures = image.failures();
+    let (result, durable) = match op.kind {
+        OpKind::Flush => return retry(|| image.flush()),
         OpKind::Read | OpKind::Write { .. } => {
             resolve(op, &mut scratch.buffers)?;
-            claimed(image, claim(op, image.alignment()), || copy(image, op, scratch))?;
-            false
+            let result = claimed(image, claim(op, image.alignment()), || copy(image, op, scratch));
+            (result, op.kind == OpKind::Write { durable: true })
         }
         OpKind::Discard { durable } => {
-            op.ranges.iter().try_for_each(|range| {
-                claimed(image, claim_range(range, image.alignment()), || discard(image, range))
-            })?;
-            durable
+            let discard = |range| claimed(image, claim_range(range, image.alignment()), || discard(image, range));
+            (op.ranges.iter().try_for_each(discard).and_then(|()| flush_if(image, durable)), durable)
         }
         OpKind::WriteZeroes { unmap, durable } => {
-            op.ranges.iter().try_for_each(|range| {
+            let zero = |range| {
                 let claim = claim_range(range, image.alignment());
                 claimed(image, claim, || write_zeroes(image, range, unmap, &mut scratch.bounce))
-            })?;
-            durable
+            };
+            (op.ranges.iter().try_for_each(zero).and_then(|()| flush_if(image, durable)), durable)
         }
     };
+    if durable { image.written(failures, result) } else { result }
+}
+
+fn flush_if(image: &dyn Image, durable: bool) -> io::Result<()> {
     if durable { retry(|| image.flush()) } else { Ok(()) }
 }
 

@@ -256,6 +256,14 @@ impl Image for Volatile {
         result
     }
 
+    fn failures(&self) -> u64 {
+        0
+    }
+
+    fn written(&self, _failures: u64, result: io::Result<()>) -> io::Result<()> {
+        result
+    }
+
     fn zero(&self, range: &Range<u64>, _unmap: bool) -> io::Result<()> {
         // Some hosts cannot, and it is written by hand.
         if self.lock().random().is_multiple_of(4) {
