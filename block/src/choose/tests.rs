@@ -169,10 +169,10 @@ fn what_would_change_it() {
     };
     assert_eq!(named(&facts(), AUTO), [""; 0]);
     let sparse = Facts { kind: on(Nature::Blocks, Blocks::Sparse { allocated: 0 }), ..facts() };
-    let written = "had every byte its block (fallocate -l 1048576 disk.img) -> native none";
+    let written = "had every byte its block (fallocate -l 1048576 \"disk.img\") -> native none";
     assert_eq!(named(&sparse, AUTO), ["with readonly=on -> native none", written]);
     let shared = Facts { kind: on(Nature::Blocks, Blocks::Shared), ..facts() };
-    assert!(named(&shared, AUTO)[1].contains("cp --reflink=never disk.img COPY) -> native none"));
+    assert!(named(&shared, AUTO)[1].contains("cp --reflink=never \"disk.img\" COPY) -> native none"));
     let host = Host { native: Err(unusable(Native)), ..facts().host };
     assert_eq!(named(&Facts { host, ..facts() }, AUTO), ["were linux-aio usable (allow it) -> native none"]);
     let elsewhere =
@@ -181,7 +181,7 @@ fn what_would_change_it() {
     let coarse = Direct::Works(Alignment { memory: 4096, block: 4096 });
     let cut = Facts { size: 512, direct: coarse, ..facts() };
     assert!(
-        named(&cut, AUTO).contains(&"were the last block whole (truncate -s 4096 disk.img) -> native none".to_owned())
+        named(&cut, AUTO).contains(&"were the last block whole (truncate -s 4096 \"disk.img\") -> native none".to_owned())
     );
     let asked = Wish { aio: Some(Threads), ..AUTO };
     assert_eq!(named(&facts(), asked), ["left to skiff (aio=auto, cache=auto) -> native none"]);
