@@ -266,7 +266,8 @@ impl Disk {
 
     /// What a durable write comes to that the host answered with `result`, and that began after `failures`. Linux tells of
     /// a failed write-back once for each open file, so through the page cache one write is told what happened to another,
-    /// which then succeeds: all that were under way when one failed have failed.
+    /// which then succeeds: all that were under way when one failed have failed. A write may still slip through that ends
+    /// between the host's telling another and our noting it here.
     pub(crate) fn written(&self, failures: u64, result: io::Result<()>) -> io::Result<()> {
         if self.cache.is_direct() {
             return result;

@@ -181,7 +181,8 @@ fn what_would_change_it() {
     let coarse = Direct::Works(Alignment { memory: 4096, block: 4096 });
     let cut = Facts { size: 512, direct: coarse, ..facts() };
     assert!(
-        named(&cut, AUTO).contains(&"were the last block whole (truncate -s 4096 \"disk.img\") -> native none".to_owned())
+        named(&cut, AUTO)
+            .contains(&"were the last block whole (truncate -s 4096 \"disk.img\") -> native none".to_owned())
     );
     let asked = Wish { aio: Some(Threads), ..AUTO };
     assert_eq!(named(&facts(), asked), ["left to skiff (aio=auto, cache=auto) -> native none"]);
