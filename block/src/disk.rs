@@ -312,6 +312,15 @@ fn open_for(path: &Path, readonly: bool, cache: CacheMode) -> Result<File, DiskE
     })
 }
 
+/// Whether a disk that the guest may write could be opened. Not asked of block devices: udev takes the closing of one that was
+/// open for writing for a change.
+///
+/// # Errors
+/// As [`Disk::open`].
+pub fn check_writable(path: &Path) -> Result<(), DiskError> {
+    if path.metadata().is_ok_and(|found| found.is_file()) { open_file(path, false, false).map(drop) } else { Ok(()) }
+}
+
 /// Opens what may be an image, past the page cache if `direct`.
 pub(crate) fn open_file(path: &Path, readonly: bool, direct: bool) -> Result<File, DiskError> {
     let failed = |error: io::Error| match error.kind() {

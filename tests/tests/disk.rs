@@ -111,6 +111,25 @@ time.sleep(600)";
     assert!(!explanation["probe"].as_array().unwrap().is_empty());
 }
 
+/// As `skiff run` would say. A program that runs may not be written to, not even by root (open(2), ETXTBSY).
+#[test]
+fn an_image_that_may_not_be_written_is_for_a_read_only_disk() {
+    let (folder, path) = image(false);
+    let program = folder.path().join("sleep");
+    std::fs::copy("/bin/sleep", &program).expect("a program of every Linux");
+    // It still runs with some bytes behind it, and with an image's size.
+    File::options().write(true).open(&program).unwrap().set_len(1 << 20).unwrap();
+    let mut running = Command::new(&program).arg("600").spawn().expect("it starts");
+    let words = ["explain", program.to_str().unwrap()];
+    let (refused, explained) = (disk(&words), disk(&[&words[..], &["--readonly"]].concat()));
+    running.kill().expect("it ends");
+    running.wait().expect("it ends");
+    let line = String::from_utf8_lossy(&refused.stderr);
+    assert!(refused.status.code() == Some(1) && line.contains("Text file busy"), "{line}");
+    assert_eq!(explained.status.code(), Some(0));
+    assert_eq!(disk(&["explain", path.to_str().unwrap()]).status.code(), Some(0));
+}
+
 #[test]
 fn lists_the_engines_of_this_host() {
     let engines = json(&["engines"]);

@@ -100,6 +100,9 @@ impl Explanation {
     /// When a machine would not start with it, in the same words; that someone else uses the image is no error.
     pub fn of(path: &Path, wish: Wish, queues: u16, measured: bool) -> anyhow::Result<Self> {
         let facts = Facts::gather(path, queues)?;
+        if !wish.readonly {
+            disk::check_writable(path)?;
+        }
         let choice = choose(&facts, wish)?;
         facts.check_size()?;
         let probe = measured.then(|| probe(path, &facts, choice.cache)).transpose()?;

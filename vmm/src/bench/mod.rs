@@ -248,7 +248,7 @@ fn measure(machines: &Machines<'_>, subject: Subject, cell: &Cell, image: &Image
 /// The rate of a guest's TSC, which KVM knows.
 fn tsc_khz() -> anyhow::Result<u32> {
     let kvm = crate::kvm::open()?;
-    let rate = kvm.create_vm().and_then(|vm| vm.create_vcpu(0)).and_then(|vcpu| vcpu.get_tsc_khz());
+    let rate = crate::kvm::create_vm(&kvm).and_then(|vm| vm.create_vcpu(0)).and_then(|vcpu| vcpu.get_tsc_khz());
     let rate = rate.context("/dev/kvm: KVM does not tell the rate of the TSC")?;
     ensure!(rate > 0, "/dev/kvm: KVM does not know the rate of the TSC");
     Ok(rate)
