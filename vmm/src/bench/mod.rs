@@ -33,7 +33,7 @@ use serde::Serialize;
 
 pub use compare::Comparison;
 pub use manifest::Manifest;
-pub use plan::{Axes, Cell, Content, Place, Plan, Subject, Way, Work};
+pub use plan::{Axes, Cell, Content, POLL_US, Place, Plan, Subject, Way, Work};
 pub use sample::{Latency, Sample};
 pub use stats::{Middle, NOISE};
 

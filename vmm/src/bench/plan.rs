@@ -9,6 +9,11 @@ use block::engine::Aio;
 use guest::workload::Mix;
 use serde::{Serialize, Serializer};
 
+use crate::config::DISK_POLL;
+
+/// [`DISK_POLL`] in microseconds.
+pub const POLL_US: u32 = DISK_POLL.as_micros() as u32;
+
 /// What the disk's file is made of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "lowercase")]
@@ -70,9 +75,9 @@ pub struct Way {
 }
 
 impl Way {
-    /// What to say of polling after `name`, if there is any.
+    /// What to say of polling after `name`, unless it is as usual.
     pub(super) fn polling(self, name: &str) -> String {
-        if self.poll_us == 0 { String::new() } else { format!("{name}{}", self.poll_us) }
+        if self.poll_us == POLL_US { String::new() } else { format!("{name}{}", self.poll_us) }
     }
 }
 
@@ -241,7 +246,7 @@ mod tests {
             engines: Aio::ALL.to_vec(),
             caches: vec![CacheMode::None, CacheMode::Writeback],
             ioeventfds: vec![true],
-            polls: vec![0],
+            polls: vec![POLL_US],
         };
         let cells = axes.cells();
         // Three engines in two cache modes, less native through the page cache.

@@ -13,7 +13,7 @@ use block::engine::Aio;
 use clap::{Args, Subcommand, ValueHint};
 use guest::workload::Mix;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
-use skiff::bench::{self, Axes, Comparison, Content, Place, Plan, Progress, Subject};
+use skiff::bench::{self, Axes, Comparison, Content, POLL_US, Place, Plan, Progress, Subject};
 use skiff::config::parse_size;
 
 use super::Failure;
@@ -82,7 +82,7 @@ pub(super) struct BenchArgs {
     /// Doorbells through an ioeventfd, or through the vCPU's thread [default: on]
     #[arg(long, value_name = "LIST", value_delimiter = ',', value_parser = ["on", "off"])]
     ioeventfd: Option<Vec<String>>,
-    /// Microseconds that a worker may look for work before it sleeps [default: 0]
+    /// Microseconds that a worker may look for work before it sleeps [default: 100]
     #[arg(long, value_name = "LIST", value_delimiter = ',', value_parser = clap::value_parser!(u32).range(0..=10_000))]
     poll_us: Option<Vec<u32>>,
     /// Seconds that each measurement counts [default: 1; with --full 3]
@@ -255,7 +255,7 @@ impl BenchArgs {
                 &[CacheMode::None, CacheMode::Writeback],
             ),
             ioeventfds: or(ioeventfds.as_ref(), full, &[true], &[true]),
-            polls: or(self.poll_us.as_ref(), full, &[0], &[0]),
+            polls: or(self.poll_us.as_ref(), full, &[POLL_US], &[POLL_US]),
         }
     }
 }

@@ -312,7 +312,7 @@ mod tests {
             werror: if id == "data" { OnError::Stop } else { OnError::Report },
             queues: if id == "data" { 3 } else { 2 },
             queue_size: if id == "data" { 64 } else { 256 },
-            poll: Duration::from_micros(if id == "data" { 50 } else { 0 }),
+            poll: Duration::from_micros(if id == "data" { 50 } else { 100 }),
             merge: id != "data",
             thread_pool_max: NonZeroUsize::new(if id == "data" { 5 } else { 16 }).unwrap(),
             discard: if id == "data" { Discard::Ignore } else { Discard::Unmap },

@@ -104,7 +104,7 @@ pub(super) fn disk(settings: &Settings) -> Result<DiskRequest, ConfigError> {
         werror: choice(settings, "werror", None, &OnError::WRITES, OnError::name)?.unwrap_or_default(),
         queues: settings.value("queues", value::queues)?,
         queue_size: settings.value("queue-size", value::queue_size)?.unwrap_or(QUEUE_SIZE),
-        poll: settings.value("poll-us", value::poll)?.unwrap_or_default(),
+        poll: settings.value("poll-us", value::poll)?.unwrap_or(super::DISK_POLL),
         merge: settings.switch("merge", true)?,
         thread_pool_max: settings.value("thread-pool-max", value::thread_pool_max)?.unwrap_or(DEFAULT_THREADS),
         limits: limits(settings)?,

@@ -245,7 +245,7 @@ mod tests {
             limits: None,
             queues: 1,
             queue_size: 256,
-            poll: Duration::ZERO,
+            poll: Duration::from_micros(100),
             merge: true,
             thread_pool_max: NonZeroUsize::new(16).unwrap(),
             discard: Discard::Unmap,

@@ -28,7 +28,7 @@ fn sample(iops: f64, vcpu: bool) -> Sample {
 /// A cell with pairs of requests per second, ours and the host's.
 fn measured(bs: u32, aio: Aio, ioeventfd: bool, pairs: &[(f64, f64)]) -> Measured {
     let work = Work { content: Content::Written, rw: Mix::RandRead, bs, depth: 32, queues: 1 };
-    let mut measured = Measured::new(Cell { work, way: Way { aio, cache: CacheMode::None, ioeventfd, poll_us: 0 } });
+    let mut measured = Measured::new(Cell { work, way: Way { aio, cache: CacheMode::None, ioeventfd, poll_us: 100 } });
     let round =
         |&(ours, host)| BTreeMap::from([(Subject::Skiff, sample(ours, true)), (Subject::Host, sample(host, false))]);
     measured.rounds = pairs.iter().map(round).collect();
@@ -46,7 +46,7 @@ fn manifest() -> Manifest {
         engines: vec![Aio::Threads],
         caches: vec![CacheMode::None],
         ioeventfds: vec![true],
-        polls: vec![0],
+        polls: vec![100],
     };
     let place = Place::Own("/nonexistent".into(), 1 << 30);
     let (runtime, warm_up) = (Duration::from_secs(1), Duration::ZERO);
@@ -115,7 +115,7 @@ fn comma_separated_values() {
     let csv = Results { schema: 1, complete: true, manifest: manifest(), cells }.to_csv();
     let lines: Vec<&str> = csv.strip_suffix("\r\n").unwrap().split("\r\n").collect();
     assert_eq!(lines.len(), 1 + 4);
-    let cell = "written,randread,4096,32,1,native,none,off,0,2";
+    let cell = "written,randread,4096,32,1,native,none,off,100,2";
     let ours = format!("{cell},skiff,1,1000,60,245760,50,20,40,123.45,200,1000,20,3.456,0.5,0.25,0");
     let host = format!("{cell},host,1,1000,100,409600,50,20,40,123.45,200,1000,,3.456,0.5,,");
     assert_eq!(lines[3..], [ours, host]);
