@@ -14,6 +14,7 @@ pub mod kvm;
 pub mod layout;
 pub mod memory;
 mod regs;
+pub mod smoke;
 pub mod statistics;
 pub mod vcpu;
 pub mod vm;
