@@ -57,23 +57,32 @@ impl BusDevice for SleepRegisters {
     }
 }
 
+/// Whether the guest has enabled an interrupt, as the interrupt controllers know it.
+pub type Listens = Box<dyn Fn() -> io::Result<bool> + Send + Sync>;
+
 /// The power button: an interrupt of the Generic Event Device (ACPI 6.5, 5.6.9), whose `_EVT` notifies the button.
 pub struct PowerButton {
     event: EventFd,
+    listens: Listens,
 }
 
 impl PowerButton {
-    /// A button whose interrupt (edge-triggered) is a write to `event`.
-    pub fn new(event: EventFd) -> Self {
-        Self { event }
+    /// A button whose interrupt (edge-triggered) is a write to `event`, and reaches a guest that `listens`.
+    pub fn new(event: EventFd, listens: Listens) -> Self {
+        Self { event, listens }
     }
 
-    /// Presses the button. What happens then is up to the guest.
+    /// Presses the button if the guest listens to it, and says whether it does: an edge before that would be lost. What
+    /// happens then is up to the guest.
     ///
     /// # Errors
-    /// When the eventfd cannot be written.
-    pub fn press(&self) -> io::Result<()> {
-        self.event.write(1)
+    /// When the eventfd cannot be written, or the interrupt controllers do not tell.
+    pub fn press(&self) -> io::Result<bool> {
+        let listens = (self.listens)()?;
+        if listens {
+            self.event.write(1)?;
+        }
+        Ok(listens)
     }
 }
 
@@ -121,10 +130,28 @@ mod tests {
     #[test]
     fn the_button_is_an_eventfd() {
         let event = EventFd::new(EFD_NONBLOCK).unwrap();
-        let button = PowerButton::new(event.try_clone().unwrap());
+        let button = PowerButton::new(event.try_clone().unwrap(), Box::new(|| Ok(true)));
         assert!(event.read().is_err());
-        button.press().unwrap();
+        assert!(button.press().unwrap());
         assert_eq!(event.read().unwrap(), 1);
+    }
+
+    /// What is pressed before the guest enabled the interrupt must not come back as a second press later.
+    #[test]
+    fn the_button_is_not_pressed_for_a_guest_that_does_not_listen() {
+        let event = EventFd::new(EFD_NONBLOCK).unwrap();
+        let enabled = Arc::new(Mutex::new(Ok(false)));
+        let listens = enabled.clone();
+        let listens = move || listens.lock().unwrap().map_err(io::Error::from_raw_os_error);
+        let button = PowerButton::new(event.try_clone().unwrap(), Box::new(listens));
+        assert!(!button.press().unwrap());
+        assert!(event.read().is_err());
+        *enabled.lock().unwrap() = Ok(true);
+        assert!(button.press().unwrap());
+        assert_eq!(event.read().unwrap(), 1);
+        *enabled.lock().unwrap() = Err(libc::EIO);
+        assert_eq!(button.press().unwrap_err().raw_os_error(), Some(libc::EIO));
+        assert!(event.read().is_err());
     }
 
     proptest! {

@@ -294,10 +294,11 @@ fn add_com1(buses: &mut Buses, interrupts: &KvmInterrupts, console: &mut Console
     Ok(serial)
 }
 
-fn power_button(interrupts: &KvmInterrupts) -> anyhow::Result<PowerButton> {
+fn power_button(interrupts: &Arc<KvmInterrupts>) -> anyhow::Result<PowerButton> {
     let event = EventFd::new(EFD_NONBLOCK).context("no eventfd for the power button")?;
     interrupts.attach_pin(gsi::POWER_BUTTON, &event).context("KVM_IRQFD for the power button")?;
-    Ok(PowerButton::new(event))
+    let interrupts = interrupts.clone();
+    Ok(PowerButton::new(event, Box::new(move || interrupts.pin_is_enabled(gsi::POWER_BUTTON))))
 }
 
 fn create_interrupt_controllers(vm: &VmFd) -> anyhow::Result<()> {

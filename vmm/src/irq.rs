@@ -1,5 +1,8 @@
 //! KVM's interrupt routing and its eventfds: GSI routes, irqfds and ioeventfds. Called while the machine is built and,
-//! rarely, from vCPU threads when the guest unmasks a vector or moves a BAR.
+//! rarely, from vCPU threads when the guest unmasks a vector or moves a BAR; by the main thread before it presses the
+//! power button.
+
+#![expect(unsafe_code, reason = "what KVM tells of an interrupt controller is a union")]
 
 use std::collections::BTreeMap;
 use std::io;
@@ -10,12 +13,15 @@ use devices::virtio::pci::Doorbells;
 use kvm_bindings::{
     KVM_IRQ_ROUTING_IRQCHIP, KVM_IRQ_ROUTING_MSI, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE,
     KvmIrqRouting, kvm_irq_routing_entry, kvm_irq_routing_entry__bindgen_ty_1, kvm_irq_routing_irqchip,
-    kvm_irq_routing_msi,
+    kvm_irq_routing_msi, kvm_irqchip,
 };
 use kvm_ioctls::{IoEventAddress, NoDatamatch, VmFd};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::layout::gsi;
+
+/// The mask bit of an entry of the I/O APIC's redirection table (82093AA, 3.2.4).
+const MASKED: u64 = 1 << 16;
 
 /// The interrupt side of one VM.
 pub struct KvmInterrupts {
@@ -40,6 +46,28 @@ impl KvmInterrupts {
     /// Lets a write to `event` raise the edge-triggered `gsi` of the I/O APIC.
     pub fn attach_pin(&self, gsi: u32, event: &EventFd) -> io::Result<()> {
         Ok(self.vm.register_irqfd(event, gsi)?)
+    }
+
+    /// Whether the guest takes edges of pin `gsi`, one of the first 8, at the I/O APIC or at the master PIC. KVM drops an
+    /// edge that comes while the pin is masked.
+    ///
+    /// # Errors
+    /// When KVM does not tell.
+    pub fn pin_is_enabled(&self, gsi: u32) -> io::Result<bool> {
+        let ioapic = self.controller(KVM_IRQCHIP_IOAPIC)?;
+        // SAFETY: KVM filled in this member for this controller, and any bits are integers; `bits` spans its whole union.
+        let entry = unsafe { ioapic.chip.ioapic.redirtbl[gsi as usize].bits };
+        let pic = self.controller(KVM_IRQCHIP_PIC_MASTER)?;
+        // SAFETY: as above.
+        let (mask, base) = unsafe { (pic.chip.pic.imr, pic.chip.pic.irq_base) };
+        // A PIC begins with every pin enabled; it is used from when the guest has given it its vectors.
+        Ok(entry & MASKED == 0 || base != 0 && mask & 1 << gsi == 0)
+    }
+
+    fn controller(&self, id: u32) -> io::Result<kvm_irqchip> {
+        let mut controller = kvm_irqchip { chip_id: id, ..Default::default() };
+        self.vm.get_irqchip(&mut controller)?;
+        Ok(controller)
     }
 
     /// KVM replaces the whole table at each call, so the pins of the PIC and the I/O APIC are in it every time.
@@ -162,6 +190,39 @@ mod tests {
         interrupts.set(5000, TO_APIC_0, &bad).unwrap_err();
         interrupts.set(24, TO_APIC_0, &good).unwrap();
         interrupts.set(5000, TO_APIC_0, &bad).unwrap_err();
+    }
+
+    #[test]
+    fn a_pin_is_enabled_at_either_controller() {
+        let Some(interrupts) = interrupts() else { return };
+        let change = |id, change: fn(&mut kvm_irqchip)| {
+            let mut controller = interrupts.controller(id).unwrap();
+            change(&mut controller);
+            interrupts.vm.set_irqchip(&controller).unwrap();
+        };
+        let enabled = || [4, 5].map(|pin| interrupts.pin_is_enabled(pin).unwrap());
+        // The I/O APIC begins with every pin masked (82093AA, 3.2.4).
+        assert_eq!(enabled(), [false, false]);
+        // Vector 0x35, an edge, not masked.
+        change(KVM_IRQCHIP_IOAPIC, |it| {
+            // SAFETY: KVM filled in this member for this controller.
+            let ioapic = unsafe { &mut it.chip.ioapic };
+            ioapic.redirtbl[5].bits = 0x35;
+        });
+        assert_eq!(enabled(), [false, true]);
+        change(KVM_IRQCHIP_IOAPIC, |it| {
+            // SAFETY: KVM filled in this member for this controller.
+            let ioapic = unsafe { &mut it.chip.ioapic };
+            ioapic.redirtbl[5].bits = 1 << 16 | 0x35;
+        });
+        assert_eq!(enabled(), [false, false]);
+        // ICW2 0x30, OCW1 with all but pin 5 masked (8259A).
+        change(KVM_IRQCHIP_PIC_MASTER, |it| {
+            // SAFETY: KVM filled in this member for this controller.
+            let pic = unsafe { &mut it.chip.pic };
+            (pic.irq_base, pic.imr) = (0x30, !(1 << 5));
+        });
+        assert_eq!(enabled(), [false, true]);
     }
 
     #[test]

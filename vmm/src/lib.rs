@@ -16,5 +16,6 @@ pub mod memory;
 mod regs;
 pub mod smoke;
 pub mod statistics;
+mod stopping;
 pub mod vcpu;
 pub mod vm;

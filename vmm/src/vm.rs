@@ -29,6 +29,7 @@ use crate::console::{Console, ConsoleAction};
 use crate::exit::{ExitLine, ExitReason};
 use crate::kvm;
 use crate::statistics::Report;
+use crate::stopping::Stopping;
 use crate::vcpu::VcpuThreads;
 
 /// What the user named, opened and locked once; a reboot of the guest builds a new machine on the same files.
@@ -170,7 +171,8 @@ struct Control {
     reports: Arc<AtomicU32>,
     /// The same, of requests to let a paused machine go on.
     releases: Arc<AtomicU32>,
-    deadline: Option<Instant>,
+    /// Somebody asked the machine to stop.
+    stopping: Option<Stopping>,
 }
 
 impl Control {
@@ -199,11 +201,12 @@ impl Control {
         events.add_subscriber(Rc::new(RefCell::new(Ended(exit.clone()))));
         events.add_subscriber(console.clone());
         let (exit, pause, grace) = (exit.clone(), pause.clone(), config.grace);
-        Ok(Self { events, console, exit, pause, grace, stops, hang_ups, reports, releases, deadline: None })
+        Ok(Self { events, console, exit, pause, grace, stops, hang_ups, reports, releases, stopping: None })
     }
 
     /// Handles events until the end of the machine is announced.
     fn wait(&mut self, threads: &VcpuThreads, power_button: &PowerButton, report: &dyn Fn()) -> anyhow::Result<()> {
+        let start = Instant::now();
         while !self.exit.is_raised() {
             let held = !self.pause.is_paused() || threads.hold();
             self.events.run_with_timeout(self.patience(held)).context("epoll")?;
@@ -211,18 +214,18 @@ impl Control {
                 report();
             }
             self.pause_or_go_on(threads);
-            self.stop_if_asked(power_button)?;
+            self.stop_if_asked(power_button, start)?;
         }
         Ok(())
     }
 
-    /// Milliseconds to sleep at most, -1 for ever: until the end of the grace period, or to kick a vCPU again.
+    /// Milliseconds to sleep at most, -1 for ever: until a request to stop needs us, or to kick a vCPU again.
     fn patience(&self, held: bool) -> i32 {
         if !held {
             return 1;
         }
-        self.deadline.map_or(-1, |deadline| {
-            let left = deadline.saturating_duration_since(Instant::now());
+        self.stopping.as_ref().map_or(-1, |stopping| {
+            let left = stopping.wake().saturating_duration_since(Instant::now());
             i32::try_from(left.as_millis() + 1).unwrap_or(i32::MAX)
         })
     }
@@ -244,26 +247,29 @@ impl Control {
 
     /// The first request to stop presses the power button; the second, or the end of the grace period, announces the end
     /// itself. A paused machine hears its button when it goes on.
-    fn stop_if_asked(&mut self, power_button: &PowerButton) -> anyhow::Result<()> {
-        let hung_up = self.hang_ups.swap(0, Ordering::Relaxed) > 0 && self.deadline.is_none();
+    fn stop_if_asked(&mut self, power_button: &PowerButton, start: Instant) -> anyhow::Result<()> {
+        let hung_up = self.hang_ups.swap(0, Ordering::Relaxed) > 0 && self.stopping.is_none();
         for _ in 0..self.stops.swap(0, Ordering::Relaxed).max(hung_up.into()) {
-            if self.deadline.is_none() {
+            if self.stopping.is_none() {
                 tracing::info!("power button pressed; the guest has {} s to power off", self.grace.as_secs());
-                power_button.press().context("the power button")?;
-                self.deadline = Some(Instant::now() + self.grace);
+                self.stopping = Some(Stopping::new(Instant::now(), start.elapsed(), self.grace));
             } else {
                 self.exit.raise(ExitReason::Forced);
             }
         }
-        if self.deadline.is_some_and(|deadline| deadline <= Instant::now()) {
-            self.exit.raise(ExitReason::Forced);
+        if let Some(stopping) = &mut self.stopping {
+            let now = Instant::now();
+            stopping.press(now, || power_button.press()).context("the power button")?;
+            if stopping.is_over(now) {
+                self.exit.raise(ExitReason::Forced);
+            }
         }
         Ok(())
     }
 
     /// Someone asked the machine to stop: a reset by the guest ends it then.
     fn is_stopping(&self) -> bool {
-        self.deadline.is_some()
+        self.stopping.is_some()
     }
 }
 

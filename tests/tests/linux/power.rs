@@ -72,6 +72,17 @@ fn sigint_presses_the_power_button() {
     button("INT");
 }
 
+/// Before there is a kernel that listens to its button, and then for long nobody whom it could tell.
+#[test]
+fn sigterm_during_boot_presses_the_power_button() {
+    let mut guest = Skiff::linux().cmdline("loglevel=7").start();
+    guest.wait_for("Linux version");
+    guest.signal("TERM");
+    let ended = guest.wait();
+    assert_eq!(ended.code, Some(0), "{}", ended.messages);
+    assert!(ended.console.contains("reboot: Power down"), "the guest powered itself off");
+}
+
 #[test]
 fn a_second_signal_is_10() {
     let mut guest = Skiff::linux().boot();
