@@ -82,7 +82,7 @@ fn every_engine_is_measured_with_its_yardstick() {
     let folder = scratch();
     let (report, text) =
         report(folder.path(), "--depths 8 --rw randread,randwrite --content written,hole,preallocated");
-    assert_eq!((&report["complete"], &report["schema"]), (&Value::Bool(true), &Value::from(1)));
+    assert_eq!((&report["complete"], &report["schema"]), (&Value::Bool(true), &Value::from(2)));
     // Three engines in two cache modes, less native through the page cache.
     assert_eq!(cells(&report).len(), 5 * 2 * 3);
     for subject in ["skiff", "host"] {
@@ -132,10 +132,10 @@ fn every_form_of_the_results_is_written() {
 fn runs_are_compared() {
     let folder = scratch();
     let write = |name: &str, iops: [f64; 3]| {
-        let iops = serde_json::json!({ "min": iops[0], "median": iops[1], "max": iops[2] });
+        let iops = serde_json::json!({ "low": iops[0], "median": iops[1], "high": iops[2], "confidence": 0.75 });
         let cell = serde_json::json!({ "rw": "read", "bs": 4096, "summary": { "skiff": { "iops": iops } } });
         let path = folder.path().join(name);
-        fs::write(&path, serde_json::json!({ "schema": 1, "cells": [cell] }).to_string()).expect("a report");
+        fs::write(&path, serde_json::json!({ "schema": 2, "cells": [cell] }).to_string()).expect("a report");
         path.display().to_string()
     };
     let (fast, slow) = (write("fast.json", [99.0, 100.0, 101.0]), write("slow.json", [79.0, 80.0, 81.0]));
@@ -164,6 +164,51 @@ fn queues_and_doorbells() {
     let (report, _) = report(folder.path(), words);
     assert_eq!(cells(&report).len(), 8);
     assert!(samples(&report, "skiff").iter().all(|sample| sample["kicks"].as_f64().is_some_and(|kicks| kicks > 0.0)));
+}
+
+/// One that looks all the time is not.
+#[test]
+fn guests_that_sleep_are_interrupted() {
+    if !kvm("guests_that_sleep_are_interrupted") {
+        return;
+    }
+    let folder = scratch();
+    let words = "--engines threads --cache none --depths 1 --vs none --completion poll,interrupt";
+    let (report, text) = report(folder.path(), words);
+    assert!(text.contains("threads  none,completion=interrupt"), "{text}");
+    for cell in cells(&report) {
+        let Some(sample) = cell["rounds"][0].get("skiff") else { continue };
+        let interrupts = sample["interrupts"].as_f64().expect("interrupts");
+        // One request at a time: an interrupt for each, less those that were seen before the guest slept.
+        let expected = if cell["completion"] == "interrupt" { 0.01..=1.01 } else { 0.0..=0.0 };
+        assert!(expected.contains(&interrupts), "{cell}");
+    }
+}
+
+/// It is what `skiff disk explain` says, and the report names it.
+#[test]
+fn an_engine_may_be_left_to_skiff() {
+    if !kvm("an_engine_may_be_left_to_skiff") {
+        return;
+    }
+    let folder = scratch();
+    let image = folder.path().join("image.img");
+    fs::write(&image, vec![7; 1 << 20]).expect("the image");
+    let path = image.to_str().expect("UTF-8");
+    let explained = Command::new(assets::skiff()).args(["disk", "explain", "--json", path]).output().expect("skiff");
+    let explained: Value = serde_json::from_slice(&explained.stdout).expect("JSON");
+    let json = folder.path().join("report.json");
+    let mut words = vec!["--disk", path, "--runtime=0.3", "--repeat=1", "--engines=auto", "--cache=none"];
+    words.extend(["--depths=4", "--busy=1", "--json", json.to_str().expect("UTF-8")]);
+    let output = bench(&words).output().expect("skiff starts");
+    assert_eq!(outcome(&output), (Some(0), String::new()));
+    let report: Value = serde_json::from_slice(&fs::read(&json).expect("the report")).expect("JSON");
+    let cell = &cells(&report)[0];
+    assert_eq!((&cell["aio"], &cell["busy"]), (&Value::from("auto"), &Value::from(1)));
+    assert_eq!(cell["chosen"], explained["aio"], "{explained}");
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert!(text.contains(&format!("\n  auto is {}\n", cell["chosen"].as_str().expect("a name"))), "{text}");
+    assert!(text.contains("measured once: nothing tells a difference from noise"), "{text}");
 }
 
 /// An image of the user's is read, and as it was afterwards; with --destructive it is written.

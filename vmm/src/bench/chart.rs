@@ -88,8 +88,8 @@ pub(super) fn charts(results: &Results) -> Vec<Chart> {
 }
 
 fn label(way: Way) -> String {
-    let ioeventfd = if way.ioeventfd { "" } else { ", ioeventfd=off" };
-    format!("{}, cache={}{ioeventfd}{}", way.aio.name(), way.cache.name(), way.polling(", poll-us="))
+    let words = [way.aio_name().to_owned(), format!("cache={}", way.cache.name())];
+    words.into_iter().chain(way.unusual()).collect::<Vec<_>>().join(", ")
 }
 
 impl Chart {

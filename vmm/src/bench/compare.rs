@@ -10,7 +10,21 @@ use serde_json::Value;
 use super::SCHEMA;
 
 /// The fields that tell cells apart.
-const KEY: [&str; 9] = ["content", "rw", "bs", "depth", "queues", "aio", "cache", "ioeventfd", "poll_us"];
+const KEY: [&str; 13] = [
+    "content",
+    "rw",
+    "bs",
+    "depth",
+    "queues",
+    "busy",
+    "aio",
+    "cache",
+    "ioeventfd",
+    "poll_us",
+    "merge",
+    "thread_pool_max",
+    "completion",
+];
 
 /// Two measurements of one cell: skiff's requests per second.
 #[derive(Clone, Debug, PartialEq)]
@@ -20,12 +34,13 @@ struct Pair {
     after: Range,
 }
 
-/// The median of some rounds, the smallest and the largest.
+/// The median of some rounds, and where the true one is likely to lie. Nobody knows of a single round.
 #[derive(Clone, Copy, Debug, PartialEq)]
 struct Range {
     median: f64,
-    min: f64,
-    max: f64,
+    low: f64,
+    high: f64,
+    single: bool,
 }
 
 /// What changed.
@@ -44,9 +59,9 @@ impl Pair {
         self.after.median / self.before.median
     }
 
-    /// No round of the one run reaches into those of the other, and the medians differ by more than `threshold`.
+    /// The interval of the one run does not reach into that of the other, and the medians differ by more than `threshold`.
     fn changed(&self, threshold: f64) -> bool {
-        let apart = self.after.max < self.before.min || self.after.min > self.before.max;
+        let apart = self.after.high < self.before.low || self.after.low > self.before.high;
         apart && (self.ratio() - 1.0).abs() > threshold
     }
 }
@@ -124,7 +139,8 @@ fn name(cell: &Value) -> String {
 fn range(cell: &Value) -> Option<Range> {
     let iops = &cell["summary"]["skiff"]["iops"];
     let number = |key: &str| iops[key].as_f64();
-    Some(Range { median: number("median")?, min: number("min")?, max: number("max")? })
+    let single = number("confidence")? == 0.0;
+    Some(Range { median: number("median")?, low: number("low")?, high: number("high")?, single })
 }
 
 impl fmt::Display for Comparison {
@@ -149,6 +165,13 @@ impl fmt::Display for Comparison {
             self.pairs.len(),
             self.threshold * 100.0
         )?;
+        let single = self.pairs.iter().filter(|pair| pair.before.single || pair.after.single).count();
+        if single > 0 {
+            writeln!(
+                out,
+                "{single} cells were measured once: nothing tells a change from noise; take --repeat 3 or more"
+            )?;
+        }
         if self.unmatched > 0 {
             writeln!(out, "{} cells are in one of the two only", self.unmatched)?;
         }
@@ -160,22 +183,22 @@ impl fmt::Display for Comparison {
 mod tests {
     use super::*;
 
-    fn one(cell: &str, min: f64, median: f64, max: f64) -> (String, Range) {
-        (cell.to_owned(), Range { median, min, max })
+    fn one(cell: &str, low: f64, median: f64, high: f64) -> (String, Range) {
+        (cell.to_owned(), Range { median, low, high, single: false })
     }
 
     #[test]
     fn only_what_is_beyond_noise_and_threshold_counts() {
         let before =
             [one("slow", 90.0, 100.0, 110.0), one("wide", 50.0, 100.0, 150.0), one("near", 99.0, 100.0, 100.5)];
-        for (name, min, median, max, changed) in [
+        for (name, low, median, high, changed) in [
             ("slow", 70.0, 80.0, 89.0, true),
             ("slow", 111.0, 120.0, 130.0, true),
             ("slow", 70.0, 80.0, 91.0, false),
             ("wide", 60.0, 70.0, 80.0, false),
             ("near", 97.0, 98.0, 98.5, false),
         ] {
-            let comparison = Comparison::between(&before, &[one(name, min, median, max)], &[], 0.05).unwrap();
+            let comparison = Comparison::between(&before, &[one(name, low, median, high)], &[], 0.05).unwrap();
             assert_eq!(comparison.pairs[0].changed(0.05), changed, "{name} {median}");
             assert_eq!(comparison.is_regression(), changed && median < 100.0, "{name} {median}");
             assert_eq!(comparison.unmatched, 2);
@@ -193,6 +216,17 @@ mod tests {
     }
 
     #[test]
+    fn a_single_round_has_no_noise() {
+        let mut before = one("a", 100.0, 100.0, 100.0);
+        let after = [one("a", 70.0, 80.0, 85.0)];
+        before.1.single = true;
+        let text = Comparison::between(&[before], &after, &[], 0.05).unwrap().to_string();
+        let expected = "slower  -20.0 %  a: 100 -> 80 IOPS\n0 of 1 cells are alike within their noise and 5 %\n\
+                        1 cells were measured once: nothing tells a change from noise; take --repeat 3 or more\n";
+        assert_eq!(text, expected);
+    }
+
+    #[test]
     fn a_cell_that_works_no_more_is_a_regression() {
         let before = [one("a", 90.0, 100.0, 110.0), one("b", 90.0, 100.0, 110.0)];
         let failed = ["b".to_owned(), "new".to_owned()];
@@ -201,12 +235,13 @@ mod tests {
         let expected = "failed            b\n1 of 1 cells are alike within their noise and 5 %\n";
         assert_eq!(comparison.to_string(), expected);
         let folder = tempfile::tempdir().unwrap();
+        let good = r#""errors":[],"summary":{"skiff":{"iops":{"median":1.0,"low":1.0,"high":1.0,"confidence":0.75}}}"#;
         let file = |name: &str, cell: &str| {
             let path = folder.path().join(name);
             fs::write(&path, format!("{{\"schema\":{SCHEMA},\"cells\":[{{\"rw\":\"read\",{cell}}}]}}")).unwrap();
             path
         };
-        let good = file("good", r#""errors":[],"summary":{"skiff":{"iops":{"median":1.0,"min":1.0,"max":1.0}}}"#);
+        let good = file("good", good);
         let bad = file("bad", r#""errors":["no"],"summary":{}"#);
         assert!(Comparison::of(&good, &bad, 0.05).unwrap().is_regression());
         let interrupted = file("interrupted", r#""errors":[],"summary":{}"#);
@@ -222,7 +257,7 @@ mod tests {
             let error = format!("{:#}", Comparison::of(&file, &file, 0.05).unwrap_err());
             assert!(error.contains(message), "{error}");
         }
-        fs::write(&file, r#"{"schema":1,"cells":[]}"#).unwrap();
+        fs::write(&file, format!(r#"{{"schema":{SCHEMA},"cells":[]}}"#)).unwrap();
         assert!(Comparison::of(&file, &file, 0.05).unwrap_err().to_string().contains("no cell in common"));
         assert!(Comparison::of(Path::new("/nonexistent"), &file, 0.05).is_err());
     }

@@ -2,12 +2,15 @@
 
 use std::fmt::Write as _;
 
-use super::{Measured, Results, Sample, Subject};
+use block::engine::Aio;
 
-/// The columns. Their meaning is that of the JSON fields of the same names.
-const COLUMNS: &str = "content,rw,bs,depth,queues,aio,cache,ioeventfd,poll_us,round,subject,seconds,requests,\
-                       iops,bytes_per_second,mean_us,min_us,p50_us,p99_us,p999_us,max_us,vcpu_us,io_us,io_switches,kicks,\
-                       interrupts";
+use super::{Measured, Middle, Results, Sample, Subject};
+
+/// The columns. Their meaning is that of the JSON fields of the same names; the last six are of the cell's summary.
+const COLUMNS: &str = "content,rw,bs,depth,queues,busy,aio,chosen,cache,ioeventfd,poll_us,merge,thread_pool_max,completion,\
+                       round,subject,seconds,requests,iops,bytes_per_second,mean_us,min_us,p50_us,p99_us,p999_us,max_us,\
+                       vcpu_us,io_us,io_switches,kicks,interrupts,iops_median,iops_low,iops_high,ratio_median,ratio_low,\
+                       ratio_high";
 
 impl Results {
     /// The results as CSV, with the names of the columns in the first line. What there is not is empty.
@@ -26,18 +29,23 @@ impl Results {
 
 fn line(measured: &Measured, round: usize, subject: Subject, sample: &Sample) -> String {
     let (work, way, latency) = (&measured.cell.work, &measured.cell.way, &sample.latency_us);
-    let (content, rw, aio, cache) = (work.content.name(), work.rw.name(), way.aio.name(), way.cache.name());
-    let mut line = format!("{content},{rw},{},{},{},{aio},{cache},", work.bs, work.depth, work.queues);
-    let ioeventfd = if way.ioeventfd { "on" } else { "off" };
-    let (poll_us, name) = (way.poll_us, subject.name());
-    let _ = write!(line, "{ioeventfd},{poll_us},{round},{name},{},{}", sample.seconds, sample.requests);
-    let figures = [sample.iops, sample.bytes_per_second, latency.mean, latency.min, latency.p50, latency.p99];
-    let more = [latency.p999, latency.max].into_iter();
-    for figure in figures.into_iter().chain(more) {
-        let _ = write!(line, ",{figure}");
-    }
-    let kinds = [sample.vcpu_us, Some(sample.io_us), Some(sample.io_switches), sample.kicks, sample.interrupts];
-    for figure in kinds {
+    let (content, rw, aio, cache) = (work.content.name(), work.rw.name(), way.aio_name(), way.cache.name());
+    let chosen = measured.chosen.map_or("", Aio::name);
+    let switch = |on| if on { "on" } else { "off" };
+    let (ioeventfd, merge, completion) = (switch(way.ioeventfd), switch(way.merge), way.completion.name());
+    let mut line = format!("{content},{rw},{},{},{},{},", work.bs, work.depth, work.queues, work.busy);
+    let _ = write!(line, "{aio},{chosen},{cache},{ioeventfd},{},{merge},", way.poll_us);
+    let _ = write!(line, "{},{completion},{round},{},", way.thread_pool_max, subject.name());
+    let _ = write!(line, "{},{}", sample.seconds, sample.requests);
+    let rates = [sample.iops, sample.bytes_per_second].map(Some);
+    let latencies = [latency.mean, latency.min, latency.p50, latency.p99, latency.p999, latency.max].map(Some);
+    let costs = [sample.vcpu_us, Some(sample.io_us), Some(sample.io_switches), sample.kicks, sample.interrupts];
+    let summary = measured.summary.get(&subject);
+    let middles = [summary.map(|summary| summary.iops), summary.and_then(|summary| summary.ratio)];
+    let middles = middles.into_iter().flat_map(|middle: Option<Middle>| {
+        [middle.map(|middle| middle.median), middle.map(|middle| middle.low), middle.map(|middle| middle.high)]
+    });
+    for figure in rates.into_iter().chain(latencies).chain(costs).chain(middles) {
         line.push(',');
         let _ = figure.map(|figure| write!(line, "{figure}"));
     }

@@ -12,7 +12,7 @@ use std::time::Instant;
 
 use anyhow::{Context, anyhow, bail};
 use block::disk::Disk;
-use block::engine::{Completion, Engine, Op, OpKind};
+use block::engine::{Aio, Completion, Engine, Engines, Op, OpKind};
 use guest::workload::{Workload, pattern};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
@@ -27,16 +27,16 @@ use crate::memory;
 /// What the threads are called, so that their CPU time can be told from ours.
 const NAME: &str = "yard";
 
-/// Measures `cell` on the image at `path`, timed and seeded as `machines` are.
+/// Measures `cell`, whose engine is `aio`, on the image at `path`, timed and seeded as `machines` are.
 ///
 /// # Errors
 /// When the host refuses the image, the engine or a request. Or when it is to stop.
-pub(super) fn run(cell: &Cell, path: &Path, machines: &Machines<'_>) -> anyhow::Result<Sample> {
+pub(super) fn run(cell: &Cell, aio: Aio, path: &Path, machines: &Machines<'_>) -> anyhow::Result<Sample> {
     let Machines { timing, seed, stop, .. } = machines;
     let readonly = !cell.work.rw.writes();
     let disk = Arc::new(Disk::open(path, readonly, cell.way.cache, "host")?);
     let mut drivers = (0..cell.work.queues)
-        .map(|queue| Driver::new(cell, &disk, seed.wrapping_add(queue.into()), queue))
+        .map(|queue| Driver::new(cell, aio, &disk, seed.wrapping_add(queue.into()), queue))
         .collect::<anyhow::Result<Vec<_>>>()?;
     let before = Usage::of(process::id())?;
     let begin = Instant::now() + timing.warm_up;
@@ -101,7 +101,7 @@ struct Driver {
 }
 
 impl Driver {
-    fn new(cell: &Cell, disk: &Arc<Disk>, seed: u64, queue: u16) -> anyhow::Result<Self> {
+    fn new(cell: &Cell, aio: Aio, disk: &Arc<Disk>, seed: u64, queue: u16) -> anyhow::Result<Self> {
         let (block, depth) = (cell.work.bs, cell.work.depth);
         let bytes = (u64::from(block) * u64::from(depth)).next_multiple_of(1 << 20);
         let all = 0..bytes;
@@ -109,7 +109,8 @@ impl Driver {
         for offset in (0..bytes).step_by(8) {
             memory.write_obj(pattern(0, offset), GuestAddress(offset)).expect("the buffers are in it");
         }
-        let engine = cell.way.aio.start(disk.clone(), &format!("{NAME}-q{queue}-io"))?;
+        let engines = Engines::only(aio).with_threads(cell.way.thread_pool_max);
+        let (engine, _) = engines.start(disk, &format!("{NAME}-q{queue}-io"))?;
         let epoll = Epoll::new()?;
         let edge = EpollEvent::new(EventSet::IN | EventSet::EDGE_TRIGGERED, 0);
         epoll.ctl(ControlOperation::Add, engine.completion_event().as_raw_fd(), edge)?;

@@ -14,9 +14,11 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
+use block::engine::Aio;
+use block::engine::threads::DEFAULT_THREADS;
 
 use super::pin::Pin;
-use super::plan::{Cell, Subject};
+use super::plan::{Cell, Completion, Subject};
 use super::sample::{GuestReport, Sample};
 use super::usage::Usage;
 
@@ -47,13 +49,14 @@ pub(super) struct Machines<'a> {
 }
 
 impl Machines<'_> {
-    /// Measures `cell` on the image at `disk` under `subject`, which is not the host.
+    /// Measures `cell` on the image at `disk` under `subject`, which is not the host. `aio` is the engine of the cell, or what
+    /// skiff chooses if the cell leaves it to skiff: QEMU has no such choice.
     ///
     /// # Errors
     /// When the machine does not start or the guest does not succeed: what it said last. Or when it is to stop.
-    pub(super) fn run(&self, subject: Subject, cell: &Cell, disk: &Path) -> anyhow::Result<Sample> {
+    pub(super) fn run(&self, subject: Subject, cell: &Cell, aio: Aio, disk: &Path) -> anyhow::Result<Sample> {
         let mut command = match subject {
-            Subject::Qemu => self.qemu(cell, disk),
+            Subject::Qemu => self.qemu(cell, aio, disk),
             Subject::Skiff | Subject::Host => self.skiff(cell, disk)?,
         };
         // In a group of its own: Ctrl-C is for us, and we end it.
@@ -77,7 +80,8 @@ impl Machines<'_> {
         let mut words = format!("bench pace=on rw={} bs={} depth={}", work.rw.name(), work.bs, work.depth);
         let (runtime, warm_up) = (timing.runtime.as_millis(), timing.warm_up.as_millis());
         let _ = write!(words, " queues={} runtime={runtime} warmup={warm_up}", work.queues);
-        let _ = write!(words, " tsc_khz={} seed={}", self.tsc_khz, self.seed);
+        let poll = if cell.way.completion == Completion::Poll { "on" } else { "off" };
+        let _ = write!(words, " tsc_khz={} seed={} poll={poll}", self.tsc_khz, self.seed);
         words
     }
 
@@ -85,13 +89,15 @@ impl Machines<'_> {
         let way = &cell.way;
         let switch = |on| if on { "on" } else { "off" };
         let option = format!(
-            "path={},readonly={},aio={},cache={},ioeventfd={},poll-us={},queues={},queue-size={}",
+            "path={},readonly={},aio={},cache={},ioeventfd={},poll-us={},merge={},thread-pool-max={},queues={},queue-size={}",
             disk.display().to_string().replace(',', ",,"),
             switch(!cell.work.rw.writes()),
-            way.aio.name(),
+            way.aio_name(),
             way.cache.name(),
             switch(way.ioeventfd),
             way.poll_us,
+            switch(way.merge),
+            way.thread_pool_max,
             cell.work.queues,
             queue_size(cell),
         );
@@ -102,26 +108,31 @@ impl Machines<'_> {
         Ok(command)
     }
 
-    /// With an I/O thread, its fastest way.
-    fn qemu(&self, cell: &Cell, disk: &Path) -> Command {
+    /// With an I/O thread, its fastest way. It merges always, and polls as it likes.
+    fn qemu(&self, cell: &Cell, aio: Aio, disk: &Path) -> Command {
         let (work, way) = (&cell.work, &cell.way);
         let drive = format!(
             "if=none,id=disk,format=raw,file={},read-only={},aio={},cache={}",
             disk.display().to_string().replace(',', ",,"),
             if work.rw.writes() { "off" } else { "on" },
-            way.aio.name(),
+            aio.name(),
             way.cache.name(),
         );
         let device = format!(
-            "virtio-blk-pci,disable-legacy=on,drive=disk,iothread=io0,num-queues={},queue-size={}",
+            "virtio-blk-pci,disable-legacy=on,drive=disk,iothread=io0,num-queues={},queue-size={},ioeventfd={}",
             work.queues,
             queue_size(cell),
+            if way.ioeventfd { "on" } else { "off" },
         );
+        let mut iothread = "iothread,id=io0".to_owned();
+        if way.thread_pool_max != DEFAULT_THREADS {
+            let _ = write!(iothread, ",thread-pool-max={}", way.thread_pool_max);
+        }
         let mut command = Command::new(QEMU);
         command.args(["-M", MICROVM, "-bios", "qboot.rom", "-accel", "kvm", "-cpu", "host,-arch-capabilities"]);
         command.args(["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot", "-serial", "stdio"]);
         command.args(["-name", "bench,debug-threads=on", "-m", &Self::memory(cell).to_string()]);
-        command.args(["-device", "isa-debug-exit,iobase=0x501,iosize=2", "-object", "iothread,id=io0"]);
+        command.args(["-device", "isa-debug-exit,iobase=0x501,iosize=2", "-object", &iothread]);
         command.args(["-drive", &drive, "-device", &device, "-kernel"]).arg(&self.guest);
         command.args(["-append", &format!("{} {MICROVM_PCI}", self.words(cell))]);
         command
@@ -160,14 +171,9 @@ pub(super) fn queue_size(cell: &Cell) -> u16 {
 /// A cell in a few words.
 pub(super) fn describe(cell: &Cell) -> String {
     let (work, way) = (&cell.work, &cell.way);
-    format!(
-        "aio={},cache={} rw={} bs={} depth={}",
-        way.aio.name(),
-        way.cache.name(),
-        work.rw.name(),
-        work.bs,
-        work.depth
-    )
+    let way: Vec<_> =
+        [format!("aio={},cache={}", way.aio_name(), way.cache.name())].into_iter().chain(way.unusual()).collect();
+    format!("{} rw={} bs={} depth={}", way.join(","), work.rw.name(), work.bs, work.depth)
 }
 
 /// A running machine and what it says. Dropping it ends it.
@@ -247,7 +253,7 @@ impl<'a> Conversation<'a> {
             let _ = stderr.read_to_string(&mut errors);
         }
         let last = errors.lines().last().filter(|line| !self.last.starts_with("not ok") && !line.is_empty());
-        anyhow::anyhow!("{}", last.map_or_else(|| self.last.clone(), str::to_owned))
+        anyhow::anyhow!("{}", last.map_or(self.last.as_str(), without_name))
     }
 }
 
@@ -259,7 +265,32 @@ impl Drop for Conversation<'_> {
     }
 }
 
+/// What a program says, without its name in front: who it was is said anyway.
+fn without_name(line: &str) -> &str {
+    ["skiff: ", "qemu-system-x86_64: "].iter().find_map(|name| line.strip_prefix(name)).unwrap_or(line)
+}
+
 /// Threads that run guest code: skiff's and QEMU's names.
 pub(super) fn is_vcpu(name: &str) -> bool {
     name.starts_with("vcpu") || name.starts_with("CPU ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_machine_that_does_not_start_is_named_once() {
+        for (script, said) in [
+            ("echo 'skiff: --disk x: no such file' >&2", "--disk x: no such file"),
+            ("echo 'qemu-system-x86_64: -drive: no' >&2; exit 1", "-drive: no"),
+            ("echo half a line; echo >&2", "half a line"),
+        ] {
+            let mut command = Command::new("sh");
+            command.args(["-c", script]).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+            let (child, stop) = (command.spawn().unwrap(), AtomicBool::new(false));
+            let failed = Conversation::new(child, &stop, HUNG).wait_for::<()>(|_| None);
+            assert_eq!(failed.unwrap_err().to_string(), said, "{script}");
+        }
+    }
 }

@@ -5,6 +5,7 @@
 //! Measurements of one cell stand next to each other in time, and each round has its own order: what disturbs the host
 //! disturbs all that are compared. docs/bench.md describes the JSON form of the results.
 
+mod busy;
 mod chart;
 mod compare;
 mod csv;
@@ -27,22 +28,25 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail, ensure};
 use block::cache::CacheMode;
+use block::choose::{self, Wish};
 use block::disk::Disk;
+use block::engine::Aio;
 use guest::workload::pattern;
-use serde::Serialize;
+use serde::{Serialize, Serializer};
 
 pub use compare::Comparison;
 pub use manifest::Manifest;
-pub use plan::{Axes, Cell, Content, POLL_US, Place, Plan, Subject, Way, Work};
+pub use plan::{AUTO, Axes, Cell, Completion, Content, POLL_US, Place, Plan, Subject, Way, Work};
 pub use sample::{Latency, Sample};
 pub use stats::{Middle, NOISE};
 
+use busy::Busy;
 use image::{Image, Nameless};
 use machine::{Machines, Timing};
 use pin::Pin;
 
 /// The version of the JSON form.
-const SCHEMA: u32 = 1;
+const SCHEMA: u32 = 2;
 
 /// How far a run is, for whoever waits.
 #[derive(Debug)]
@@ -63,12 +67,20 @@ pub struct Measured {
     /// What was measured.
     #[serde(flatten)]
     pub cell: Cell,
+    /// What skiff chose where the engine was left to it.
+    #[serde(serialize_with = "chosen_name")]
+    pub chosen: Option<Aio>,
     /// Who reached what, round by round; who failed is not in it.
     pub rounds: Vec<BTreeMap<Subject, Sample>>,
     /// What went wrong, once each.
     pub errors: Vec<String>,
     /// The rounds summed up, for each who was measured.
     pub summary: BTreeMap<Subject, Summary>,
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, clippy::ref_option, reason = "serde passes references")]
+fn chosen_name<S: Serializer>(aio: &Option<Aio>, to: S) -> Result<S::Ok, S::Error> {
+    aio.map(Aio::name).serialize(to)
 }
 
 /// What the rounds of one subject come to.
@@ -90,13 +102,13 @@ pub struct Summary {
     pub io_switches: f64,
     /// See `p50_us`.
     pub kicks: Option<f64>,
-    /// `iops` lie too far apart to say anything.
+    /// The interval of `iops` is too wide to say anything.
     pub noise: bool,
 }
 
 impl Measured {
     fn new(cell: Cell) -> Self {
-        Self { cell, rounds: Vec::new(), errors: Vec::new(), summary: BTreeMap::new() }
+        Self { cell, chosen: None, rounds: Vec::new(), errors: Vec::new(), summary: BTreeMap::new() }
     }
 
     fn sum_up(&mut self) {
@@ -161,7 +173,7 @@ impl Results {
 pub fn run(plan: &Plan, stop: &AtomicBool, mut progress: impl FnMut(&Progress)) -> anyhow::Result<Results> {
     let tsc_khz = tsc_khz()?;
     let manifest = Manifest::new(plan);
-    for aio in &plan.axes.engines {
+    for aio in plan.axes.engines.iter().flatten() {
         aio.probe(1)?;
     }
     if plan.against.contains(&Subject::Qemu) {
@@ -188,9 +200,8 @@ pub fn run(plan: &Plan, stop: &AtomicBool, mut progress: impl FnMut(&Progress)) 
                 if stop.load(Ordering::Relaxed) {
                     break 'all;
                 }
-                let cell = measured.cell;
-                progress(&Progress { elapsed: start.elapsed(), next: Some((&cell, subject)), ..report });
-                match measure(&machines, subject, &cell, image) {
+                progress(&Progress { elapsed: start.elapsed(), next: Some((&measured.cell, subject)), ..report });
+                match measure(&machines, subject, measured, image) {
                     Ok(sample) => _ = samples.insert(subject, sample),
                     Err(_) if stop.load(Ordering::Relaxed) => {}
                     Err(error) => {
@@ -223,14 +234,25 @@ fn prepare(plan: &Plan, stop: &AtomicBool) -> anyhow::Result<BTreeMap<Content, I
     }
 }
 
-fn measure(machines: &Machines<'_>, subject: Subject, cell: &Cell, image: &Image) -> anyhow::Result<Sample> {
-    let path = image.path();
+fn measure(
+    machines: &Machines<'_>,
+    subject: Subject,
+    measured: &mut Measured,
+    image: &Image,
+) -> anyhow::Result<Sample> {
+    let (cell, path) = (&measured.cell, image.path());
+    let aio = match cell.way.aio {
+        Some(aio) => aio,
+        None => *measured.chosen.insert(chosen(cell, &path)?),
+    };
+    let busy = Busy::start(cell.work.busy)?;
     let sample = match subject {
         Subject::Host => {
-            host::run(cell, &path, machines).with_context(|| format!("{} on the host", machine::describe(cell)))
+            host::run(cell, aio, &path, machines).with_context(|| format!("{} on the host", machine::describe(cell)))
         }
-        Subject::Skiff | Subject::Qemu => machines.run(subject, cell, &path),
+        Subject::Skiff | Subject::Qemu => machines.run(subject, cell, aio, &path),
     };
+    drop(busy);
     if cell.work.rw.writes() {
         image.restore().context("the disk cannot be put back as it was")?;
     }
@@ -243,6 +265,13 @@ fn measure(machines: &Machines<'_>, subject: Subject, cell: &Cell, image: &Image
         sample.seconds
     );
     Ok(sample)
+}
+
+/// What skiff will choose for the image at `path`, which nobody uses just now.
+fn chosen(cell: &Cell, path: &Path) -> anyhow::Result<Aio> {
+    let wish = Wish { aio: None, cache: Some(cell.way.cache), readonly: !cell.work.rw.writes() };
+    let (_, choice) = choose::open(path, "bench", wish, cell.work.queues)?;
+    Ok(choice.engines.best())
 }
 
 /// The rate of a guest's TSC, which KVM knows.

@@ -3,13 +3,14 @@
 
 use std::fmt;
 
-use super::plan::{Content, Subject, Work};
-use super::{Manifest, Measured, NOISE, Results, Summary};
+use super::plan::{AUTO, Content, Subject, Way, Work};
+use super::stats::interval;
+use super::{Manifest, Measured, Middle, NOISE, Results, Summary};
 use crate::config::format_size;
 use crate::doctor::KvmKind;
 
 /// Letters of the longest bar.
-const BAR: usize = 20;
+const BAR: usize = 10;
 
 /// From this block size on, bytes say more than requests.
 const LARGE: u32 = 64 << 10;
@@ -21,7 +22,8 @@ impl fmt::Display for Results {
             writeln!(out)?;
             write_table(out, table)?;
         }
-        writeln!(out, "\n* fastest   ? rounds differ by more than {:.0} %: worthless", NOISE * 100.0)?;
+        writeln!(out, "\n* fastest   ? the interval is wider than {:.0} %: worthless", NOISE * 100.0)?;
+        writeln!(out, "{}", Confidence(self.manifest.repeat))?;
         writeln!(out, "io us: CPU time of a request in all threads but the vCPU's; the guest polls")?;
         if !self.complete {
             writeln!(out, "INTERRUPTED: not all was measured")?;
@@ -62,54 +64,96 @@ fn heading(work: &Work) -> String {
     };
     let queues = if work.queues > 1 { format!(" in each of {} queues", work.queues) } else { String::new() };
     let bs = format_size(work.bs.into()).to_lowercase();
-    format!("{content}, {} {bs}, depth {}{queues}", work.rw.name(), work.depth)
+    let busy = if work.busy > 0 { format!(", {} busy threads beside it", work.busy) } else { String::new() };
+    format!("{content}, {} {bs}, depth {}{queues}{busy}", work.rw.name(), work.depth)
 }
 
 fn write_table(out: &mut fmt::Formatter<'_>, table: &[Measured]) -> fmt::Result {
     let Some(first) = table.first() else { return Ok(()) };
     let work = first.cell.work;
+    let settings = table.iter().map(|row| settings(&row.cell.way).len()).max().unwrap_or_default().max(10);
     let compared: Vec<Subject> = [Subject::Host, Subject::Qemu]
         .into_iter()
         .filter(|subject| table.iter().any(|row| row.summary.contains_key(subject)))
         .collect();
     let unit = if work.bs >= LARGE { "MiB/s" } else { "IOPS" };
     writeln!(out, "{}", heading(&work))?;
-    write!(out, "  {:<9}{:<16}{:>9} {:<BAR$}", "engine", "cache", unit, "")?;
+    write!(out, "  {:<9}{:<settings$}{unit:>9} {:<INTERVAL$}{:<BAR$}", "engine", "cache", "", "")?;
     for subject in &compared {
-        write!(out, "{:>9}", format!("/ {}", subject.name()))?;
+        write!(out, "{:>9} {:<12}", format!("/ {}", subject.name()), "")?;
     }
     writeln!(out, "{:>9}{:>9}{:>8}{:>7}", "p50 us", "p99 us", "io us", "kicks")?;
     let ours = |row: &Measured| row.summary.get(&Subject::Skiff).map(|summary| summary.iops.median);
     let best = table.iter().filter_map(ours).fold(0.0, f64::max);
     for row in table {
-        write_row(out, row, best, &compared)?;
+        write_row(out, row, best, &compared, settings)?;
     }
     Ok(())
 }
 
-fn write_row(out: &mut fmt::Formatter<'_>, row: &Measured, best: f64, compared: &[Subject]) -> fmt::Result {
+/// The letters of a range in brackets.
+const INTERVAL: usize = 17;
+
+/// Cache mode and what else there is to say, as options.
+fn settings(way: &Way) -> String {
+    [way.cache.name().to_owned()].into_iter().chain(way.unusual()).collect::<Vec<_>>().join(",")
+}
+
+/// What the ranges mean after so many rounds.
+struct Confidence(u32);
+
+impl fmt::Display for Confidence {
+    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (_, confidence) = interval(self.0 as usize);
+        if confidence == 0.0 {
+            return out.write_str("measured once: nothing tells a difference from noise; take --repeat 6 for 95 %");
+        }
+        let percent = (confidence * 100.0).floor();
+        write!(out, "(low-high): the true median is there with {percent:.0} % confidence")?;
+        if percent < 95.0 { out.write_str(" (--repeat 6: 95 %)") } else { Ok(()) }
+    }
+}
+
+fn write_row(
+    out: &mut fmt::Formatter<'_>,
+    row: &Measured,
+    best: f64,
+    compared: &[Subject],
+    width: usize,
+) -> fmt::Result {
     let (work, way) = (&row.cell.work, &row.cell.way);
-    let cache = format!("{}{}{}", way.cache.name(), if way.ioeventfd { "" } else { " -ioev" }, way.polling(" poll="));
+    let cache = settings(way);
     let summary = row.summary.get(&Subject::Skiff);
     let mark = if summary.is_some_and(|summary| summary.iops.median >= best) { '*' } else { ' ' };
-    write!(out, "{mark} {:<9}{cache:<16}", way.aio.name())?;
+    write!(out, "{mark} {:<9}{cache:<width$}", way.aio_name())?;
     if let Some(summary) = summary {
         let Summary { iops, p50_us, p99_us, io_us, kicks, noise, .. } = summary;
         let bar = "#".repeat(((iops.median / best.max(1.0)) * BAR as f64).round() as usize);
-        write!(out, "{:>8}{} {bar:<BAR$}", figure(work, iops.median), if *noise { '?' } else { ' ' })?;
+        let interval = range(*iops, |value| figure(work, value));
+        let doubt = if *noise { '?' } else { ' ' };
+        write!(out, "{:>8}{doubt} {interval:<INTERVAL$}{bar:<BAR$}", figure(work, iops.median))?;
         for subject in compared {
             let ratio = row.summary.get(subject).and_then(|summary| summary.ratio);
-            let text = ratio.map_or_else(
-                || "-".to_owned(),
-                |ratio| format!("{:.2}{}", ratio.median, if ratio.is_noise() { '?' } else { ' ' }),
-            );
-            write!(out, "{text:>9}")?;
+            let Some(ratio) = ratio else {
+                write!(out, "{:>8} {:<13}", "-", "")?;
+                continue;
+            };
+            let doubt = if ratio.is_noise() { '?' } else { ' ' };
+            write!(out, "{:>8.2}{doubt} {:<12}", ratio.median, range(ratio, |value| format!("{value:.2}")))?;
         }
         writeln!(out, "{p50_us:>9.1}{p99_us:>9.1}{io_us:>8.2}{:>7.2}", kicks.unwrap_or_default())?;
     } else {
         writeln!(out, "{:>8}", "-")?;
     }
+    if let Some(aio) = row.chosen {
+        writeln!(out, "  {AUTO} is {}", aio.name())?;
+    }
     row.errors.iter().try_for_each(|error| writeln!(out, "  failed: {error}"))
+}
+
+/// Where the true median is, in brackets; nothing after a single round.
+fn range(middle: Middle, name: impl Fn(f64) -> String) -> String {
+    if middle.is_single() { String::new() } else { format!("({}-{})", name(middle.low), name(middle.high)) }
 }
 
 /// Requests or MiB per second.

@@ -30,7 +30,7 @@ struct Thread {
 }
 
 /// The threads of a process at one moment.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub(super) struct Usage(Vec<Thread>);
 
 impl Usage {

@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::io::{self, IsTerminal, Write};
+use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
@@ -10,11 +11,12 @@ use std::time::Duration;
 use anyhow::{Context, ensure};
 use block::cache::CacheMode;
 use block::engine::Aio;
+use block::engine::threads::DEFAULT_THREADS;
 use clap::{Args, Subcommand, ValueHint};
 use guest::workload::Mix;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
-use skiff::bench::{self, Axes, Comparison, Content, POLL_US, Place, Plan, Progress, Subject};
-use skiff::config::parse_size;
+use skiff::bench::{self, AUTO, Axes, Comparison, Completion, Content, POLL_US, Place, Plan, Progress, Subject};
+use skiff::config::{format_size, parse_size};
 
 use super::Failure;
 
@@ -59,9 +61,9 @@ pub(super) struct BenchArgs {
     /// What the files are made of: written, hole (no blocks: shows what all but the disk costs), preallocated
     #[arg(long, value_name = "LIST", value_delimiter = ',', value_parser = content)]
     content: Option<Vec<Content>>,
-    /// Engines: threads, native, io_uring [default: all]
+    /// Engines: threads, native, io_uring, auto (what skiff chooses) [default: all but auto]
     #[arg(long, value_name = "LIST", value_delimiter = ',', value_parser = engine)]
-    engines: Option<Vec<Aio>>,
+    engines: Option<Vec<AioOrAuto>>,
     /// Cache modes [default: none,writeback]
     #[arg(long, value_name = "LIST", value_delimiter = ',', value_parser = cache)]
     cache: Option<Vec<CacheMode>>,
@@ -85,6 +87,18 @@ pub(super) struct BenchArgs {
     /// Microseconds that a worker may look for work before it sleeps [default: 100]
     #[arg(long, value_name = "LIST", value_delimiter = ',', value_parser = clap::value_parser!(u32).range(0..=10_000))]
     poll_us: Option<Vec<u32>>,
+    /// Requests for neighbouring bytes as one, or each on its own [default: on]
+    #[arg(long, value_name = "LIST", value_delimiter = ',', value_parser = ["on", "off"])]
+    merge: Option<Vec<String>>,
+    /// The most threads of the engine threads, for each queue, 1 to 64 [default: 16]
+    #[arg(long, value_name = "LIST", value_delimiter = ',', value_parser = clap::value_parser!(u8).range(1..=64))]
+    thread_pool_max: Option<Vec<u8>>,
+    /// How the guest learns of completions: poll (it looks all the time), interrupt (it sleeps) [default: poll]
+    #[arg(long, value_name = "LIST", value_delimiter = ',', value_parser = completion)]
+    completion: Option<Vec<Completion>>,
+    /// Threads that keep CPUs busy beside each measurement, 0 to 1024 [default: 0]
+    #[arg(long, value_name = "LIST", value_delimiter = ',', value_parser = clap::value_parser!(u16).range(0..=1024))]
+    busy: Option<Vec<u16>>,
     /// Seconds that each measurement counts [default: 1; with --full 3]
     #[arg(long, value_name = "SECONDS", value_parser = seconds)]
     runtime: Option<Duration>,
@@ -190,6 +204,7 @@ impl BenchArgs {
     }
 
     fn plan(&self) -> Result<Plan, Failure> {
+        self.check_lists()?;
         let axes = self.axes();
         let place = match &self.disk {
             Some(path) => Place::Given(path.clone()),
@@ -230,6 +245,31 @@ impl BenchArgs {
         })
     }
 
+    /// Nothing is asked for twice, and nothing beside "none".
+    fn check_lists(&self) -> Result<(), Failure> {
+        if self.vs.len() > 1 && self.vs.iter().any(|said| said == "none") {
+            return Err(Failure::Usage("--vs none compares with nothing; leave out none, or the others".to_owned()));
+        }
+        let own = |(mix, block): &(Mix, Option<u32>)| match block {
+            Some(block) => format!("{}:{}", mix.name(), format_size((*block).into())),
+            None => mix.name().to_owned(),
+        };
+        once("--vs", Some(&self.vs), Clone::clone)?;
+        once("--content", self.content.as_ref(), |content| content.name().to_owned())?;
+        once("--engines", self.engines.as_ref(), |engine| engine.0.map_or(AUTO, Aio::name).to_owned())?;
+        once("--cache", self.cache.as_ref(), |cache| cache.name().to_owned())?;
+        once("--depths", self.depths.as_ref(), u16::to_string)?;
+        once("--bs", self.bs.as_ref(), |block| format_size((*block).into()))?;
+        once("--rw", self.rw.as_ref(), own)?;
+        once("--queues", self.queues.as_ref(), u16::to_string)?;
+        once("--ioeventfd", self.ioeventfd.as_ref(), Clone::clone)?;
+        once("--poll-us", self.poll_us.as_ref(), u32::to_string)?;
+        once("--merge", self.merge.as_ref(), Clone::clone)?;
+        once("--thread-pool-max", self.thread_pool_max.as_ref(), u8::to_string)?;
+        once("--completion", self.completion.as_ref(), |completion| completion.name().to_owned())?;
+        once("--busy", self.busy.as_ref(), u16::to_string)
+    }
+
     fn axes(&self) -> Axes {
         fn or<T: Clone>(said: Option<&Vec<T>>, full: bool, all: &[T], few: &[T]) -> Vec<T> {
             said.cloned().unwrap_or_else(|| if full { all } else { few }.to_vec())
@@ -239,7 +279,13 @@ impl BenchArgs {
         // Without --destructive an image of the user's is only read.
         let all_mixes: Vec<_> =
             mixes.into_iter().filter(|(mix, _)| self.disk.is_none() || self.destructive || !mix.writes()).collect();
-        let ioeventfds = self.ioeventfd.as_ref().map(|said| said.iter().map(|word| word == "on").collect::<Vec<_>>());
+        let switches = |said: &Option<Vec<String>>| -> Vec<bool> {
+            said.as_ref().map_or_else(|| vec![true], |said| said.iter().map(|word| word == "on").collect())
+        };
+        let pools = self.thread_pool_max.iter().flatten().filter_map(|threads| NonZeroUsize::new((*threads).into()));
+        let pools: Vec<_> = pools.collect();
+        let engines: Option<Vec<_>> = self.engines.as_ref().map(|said| said.iter().map(|engine| engine.0).collect());
+        let all = Aio::ALL.map(Some);
         let contents = or(self.content.as_ref(), full, &own, &own[..1]);
         Axes {
             contents: if self.disk.is_some() { vec![Content::Given] } else { contents },
@@ -247,17 +293,28 @@ impl BenchArgs {
             blocks: or(self.bs.as_ref(), full, &[4 << 10, 64 << 10, 1 << 20], &[4 << 10]),
             depths: or(self.depths.as_ref(), full, &[1, 4, 32, 128], &[1, 32]),
             queues: or(self.queues.as_ref(), full, &[1, 4], &[1]),
-            engines: or(self.engines.as_ref(), full, &Aio::ALL, &Aio::ALL),
+            busy: or(self.busy.as_ref(), full, &[0], &[0]),
+            engines: or(engines.as_ref(), full, &all, &all),
             caches: or(
                 self.cache.as_ref(),
                 full,
                 &[CacheMode::None, CacheMode::Writeback],
                 &[CacheMode::None, CacheMode::Writeback],
             ),
-            ioeventfds: or(ioeventfds.as_ref(), full, &[true], &[true]),
+            ioeventfds: switches(&self.ioeventfd),
             polls: or(self.poll_us.as_ref(), full, &[POLL_US], &[POLL_US]),
+            merges: switches(&self.merge),
+            pools: if pools.is_empty() { vec![DEFAULT_THREADS] } else { pools },
+            completions: or(self.completion.as_ref(), full, &[Completion::Poll], &[Completion::Poll]),
         }
     }
+}
+
+/// An error if the list of `flag` has something twice.
+fn once<T>(flag: &str, list: Option<&Vec<T>>, name: fn(&T) -> String) -> Result<(), Failure> {
+    let names: Vec<_> = list.into_iter().flatten().map(name).collect();
+    let twice = names.iter().enumerate().find(|(at, name)| names[..*at].contains(name));
+    twice.map_or(Ok(()), |(_, name)| Err(Failure::Usage(format!("{flag} has {name} twice; say it once"))))
 }
 
 /// Writes a file that was asked for.
@@ -278,7 +335,7 @@ fn show(progress: &Progress<'_>) {
             let left = if *done == 0 { None } else { Some(elapsed.as_secs() * (total - done) as u64 / *done as u64) };
             let left = left.map_or_else(String::new, |left| format!(", {}:{:02} left", left / 60, left % 60));
             let (work, way) = (cell.work, cell.way);
-            let (aio, cache, rw) = (way.aio.name(), way.cache.name(), work.rw.name());
+            let (aio, cache, rw) = (way.aio_name(), way.cache.name(), work.rw.name());
             format!("{done}/{total}{left}: {aio} {cache} {rw} depth {} ({})", work.depth, subject.name())
         }
     };
@@ -297,8 +354,19 @@ fn content(text: &str) -> Result<Content, String> {
     named(text, &Content::OWN, Content::name)
 }
 
-fn engine(text: &str) -> Result<Aio, String> {
-    named(text, &Aio::ALL, Aio::name)
+/// An engine of the list, or none where that is left to skiff.
+#[derive(Clone, Copy, Debug)]
+struct AioOrAuto(Option<Aio>);
+
+fn engine(text: &str) -> Result<AioOrAuto, String> {
+    if text == AUTO {
+        return Ok(AioOrAuto(None));
+    }
+    named(text, &Aio::ALL, Aio::name).map(|aio| AioOrAuto(Some(aio))).map_err(|names| format!("{names}, {AUTO}"))
+}
+
+fn completion(text: &str) -> Result<Completion, String> {
+    named(text, &Completion::ALL, Completion::name)
 }
 
 fn cache(text: &str) -> Result<CacheMode, String> {
@@ -355,7 +423,7 @@ mod tests {
         let plan = plan(
             "--dir /d --size 64M --content hole,written --engines io_uring,native --cache none --depths 1,128 --bs 512,1M \
              --rw read:64K,randrw --queues 1,4 --ioeventfd on,off --poll-us 0,32 --runtime 0.5s --repeat 2 --vs none \
-             --pin --seed 9",
+             --pin --seed 9 --merge off,on --thread-pool-max 1,16 --completion interrupt,poll --busy 0,2",
         )
         .unwrap();
         let axes = Axes {
@@ -364,10 +432,14 @@ mod tests {
             blocks: vec![512, 1 << 20],
             depths: vec![1, 128],
             queues: vec![1, 4],
-            engines: vec![Aio::IoUring, Aio::Native],
+            busy: vec![0, 2],
+            engines: vec![Some(Aio::IoUring), Some(Aio::Native)],
             caches: vec![CacheMode::None],
             ioeventfds: vec![true, false],
             polls: vec![0, 32],
+            merges: vec![false, true],
+            pools: vec![NonZeroUsize::MIN, DEFAULT_THREADS],
+            completions: vec![Completion::Interrupt, Completion::Poll],
         };
         let (runtime, warm_up) = (Duration::from_millis(500), Duration::from_millis(50));
         let place = Place::Own("/d".into(), 64 << 20);
@@ -388,7 +460,16 @@ mod tests {
     #[test]
     fn values_that_are_none() {
         for (args, message) in [
-            ("--engines aio", "say one of threads, native, io_uring"),
+            ("--engines aio", "say one of threads, native, io_uring, auto"),
+            ("--engines native,auto,native", "--engines has native twice; say it once"),
+            ("--vs none,host", "--vs none compares with nothing; leave out none, or the others"),
+            ("--vs qemu,qemu", "--vs has qemu twice; say it once"),
+            ("--depths 1,32,1", "--depths has 1 twice; say it once"),
+            ("--bs 4K,4096", "--bs has 4K twice; say it once"),
+            ("--rw read:4K,read,read:4096", "--rw has read:4K twice; say it once"),
+            ("--merge on,on", "--merge has on twice; say it once"),
+            ("--thread-pool-max 65", "65 is not in 1..=64"),
+            ("--completion irq", "say one of poll, interrupt"),
             ("--cache off", "say one of writeback, none,"),
             ("--rw trim", "say one of randread, randwrite, read, write, randrw"),
             ("--content given", "say one of written, hole, preallocated"),

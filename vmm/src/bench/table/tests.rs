@@ -1,10 +1,11 @@
 //! A report from fixed figures.
 
 use super::*;
-use crate::bench::plan::{Cell, Place, Plan, Way};
+use crate::bench::plan::{Cell, Completion, Place, Plan, Way};
 use crate::bench::{Axes, Latency, Manifest, Sample};
 use block::cache::CacheMode;
 use block::engine::Aio;
+use block::engine::threads::DEFAULT_THREADS;
 use guest::workload::Mix;
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -26,9 +27,9 @@ fn sample(iops: f64, vcpu: bool) -> Sample {
 }
 
 /// A cell with pairs of requests per second, ours and the host's.
-fn measured(bs: u32, aio: Aio, ioeventfd: bool, pairs: &[(f64, f64)]) -> Measured {
-    let work = Work { content: Content::Written, rw: Mix::RandRead, bs, depth: 32, queues: 1 };
-    let mut measured = Measured::new(Cell { work, way: Way { aio, cache: CacheMode::None, ioeventfd, poll_us: 100 } });
+fn measured(bs: u32, aio: impl Into<Option<Aio>>, ioeventfd: bool, pairs: &[(f64, f64)]) -> Measured {
+    let work = Work { content: Content::Written, rw: Mix::RandRead, bs, depth: 32, queues: 1, busy: 0 };
+    let mut measured = Measured::new(Cell { work, way: Way { aio: aio.into(), ioeventfd, ..Way::default() } });
     let round =
         |&(ours, host)| BTreeMap::from([(Subject::Skiff, sample(ours, true)), (Subject::Host, sample(host, false))]);
     measured.rounds = pairs.iter().map(round).collect();
@@ -43,10 +44,14 @@ fn manifest() -> Manifest {
         blocks: vec![4096],
         depths: vec![32],
         queues: vec![1],
-        engines: vec![Aio::Threads],
+        busy: vec![0],
+        engines: vec![Some(Aio::Threads)],
         caches: vec![CacheMode::None],
         ioeventfds: vec![true],
         polls: vec![100],
+        merges: vec![true],
+        pools: vec![DEFAULT_THREADS],
+        completions: vec![Completion::Poll],
     };
     let place = Place::Own("/nonexistent".into(), 1 << 30);
     let (runtime, warm_up) = (Duration::from_secs(1), Duration::ZERO);
@@ -60,29 +65,34 @@ fn manifest() -> Manifest {
 fn tables() {
     let mut failed = measured(1 << 20, Aio::IoUring, true, &[]);
     failed.errors.push("it did not start".to_owned());
-    let cells = vec![
+    let mut cells = vec![
         measured(4096, Aio::Threads, true, &[(40e3, 80e3), (41e3, 80e3), (60e3, 80e3)]),
         measured(4096, Aio::Native, false, &[(82e3, 100e3), (80e3, 100e3), (84e3, 100e3)]),
         measured(1 << 20, Aio::Threads, true, &[(1000.0, 1000.0), (1100.0, 1000.0), (1050.0, 1000.0)]),
         failed,
     ];
-    let results = Results { schema: 1, complete: false, manifest: manifest(), cells };
+    cells.insert(3, measured(1 << 20, None, true, &[(2000.0, 1000.0); 3]));
+    cells[3].chosen = Some(Aio::IoUring);
+    let results = Results { schema: 2, complete: false, manifest: manifest(), cells };
     let expected = "\
 skiff 0.1.0, Linux 6.1, A processor x 2, hardware KVM
 disk: /nonexistent, files of 1G; 3 x 1 s a cell, seed 7
 
 written file, randread 4k, depth 32
-  engine   cache                IOPS                        / host   p50 us   p99 us   io us  kicks
-  threads  none               41.0k? ##########              0.51?     40.0    123.5    3.46   0.25
-* native   none -ioev         82.0k  ####################    0.82      40.0    123.5    3.46   0.25
+  engine   cache                  IOPS                               / host                p50 us   p99 us   io us  kicks
+  threads  none                 41.0k? (40.0k-60.0k)    #####         0.51? (0.50-0.75)      40.0    123.5    3.46   0.25
+* native   none,ioeventfd=off   82.0k  (80.0k-84.0k)    ##########    0.82  (0.80-0.84)      40.0    123.5    3.46   0.25
 
 written file, randread 1m, depth 32
-  engine   cache               MiB/s                        / host   p50 us   p99 us   io us  kicks
-* threads  none                1050  ####################    1.05      40.0    123.5    3.46   0.25
-  io_uring none                   -
+  engine   cache         MiB/s                               / host                p50 us   p99 us   io us  kicks
+  threads  none          1050  (1000-1100)      #####         1.05  (1.00-1.10)      40.0    123.5    3.46   0.25
+* auto     none          2000  (2000-2000)      ##########    2.00  (2.00-2.00)      40.0    123.5    3.46   0.25
+  auto is io_uring
+  io_uring none             -
   failed: it did not start
 
-* fastest   ? rounds differ by more than 20 %: worthless
+* fastest   ? the interval is wider than 20 %: worthless
+(low-high): the true median is there with 75 % confidence (--repeat 6: 95 %)
 io us: CPU time of a request in all threads but the vCPU's; the guest polls
 INTERRUPTED: not all was measured
 ";
@@ -93,7 +103,7 @@ INTERRUPTED: not all was measured
 #[test]
 fn the_json_form_is_the_documented_one() {
     let cells = vec![measured(4096, Aio::Native, true, &[(50.0, 100.0)])];
-    let results = Results { schema: 1, complete: true, manifest: manifest(), cells };
+    let results = Results { schema: 2, complete: true, manifest: manifest(), cells };
     let json: serde_json::Value = serde_json::from_str(&results.to_json()).unwrap();
     let text = include_str!("../../../../docs/bench.md");
     let documented: Vec<&str> = text.lines().filter_map(|line| line.strip_prefix("| `")?.split('`').next()).collect();
@@ -112,12 +122,12 @@ fn the_json_form_is_the_documented_one() {
 #[test]
 fn comma_separated_values() {
     let cells = vec![measured(4096, Aio::Native, false, &[(50.0, 100.0), (60.0, 100.0)])];
-    let csv = Results { schema: 1, complete: true, manifest: manifest(), cells }.to_csv();
+    let csv = Results { schema: 2, complete: true, manifest: manifest(), cells }.to_csv();
     let lines: Vec<&str> = csv.strip_suffix("\r\n").unwrap().split("\r\n").collect();
     assert_eq!(lines.len(), 1 + 4);
-    let cell = "written,randread,4096,32,1,native,none,off,100,2";
-    let ours = format!("{cell},skiff,1,1000,60,245760,50,20,40,123.45,200,1000,20,3.456,0.5,0.25,0");
-    let host = format!("{cell},host,1,1000,100,409600,50,20,40,123.45,200,1000,,3.456,0.5,,");
+    let cell = "written,randread,4096,32,1,0,native,,none,off,100,on,16,poll,2";
+    let ours = format!("{cell},skiff,1,1000,60,245760,50,20,40,123.45,200,1000,20,3.456,0.5,0.25,0,55,50,60,,,");
+    let host = format!("{cell},host,1,1000,100,409600,50,20,40,123.45,200,1000,,3.456,0.5,,,100,100,100,0.55,0.5,0.6");
     assert_eq!(lines[3..], [ours, host]);
     assert!(lines.iter().all(|line| line.split(',').count() == lines[0].split(',').count()));
 }
