@@ -20,6 +20,7 @@ use devices::serial::Serial;
 use devices::virtio::blk::errors::Errors;
 use devices::virtio::blk::{Blk, BlkOptions};
 use devices::virtio::device::VirtioDevice;
+use devices::virtio::net::Net;
 use devices::virtio::pci::VirtioPci;
 use devices::virtio::rng::Rng;
 use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, KVM_PIT_SPEAKER_DUMMY, kvm_enable_cap, kvm_pit_config};
@@ -214,11 +215,16 @@ impl VmBuilder<'_> {
             (device, config.ioeventfd)
         });
 
+        let nets = self.resources.nets.iter().map(|open| {
+            let device: Box<dyn VirtioDevice> = Box::new(Net::new(open.backend.clone(), open.options.clone()));
+            (device, open.ioeventfd)
+        });
+
         let rng: Box<dyn VirtioDevice> = Box::new(Rng::new().context("no source of random numbers")?);
 
         let mut functions = Vec::new();
         let mut next_gsi = gsi::IOAPIC_PINS;
-        for (device, ioeventfd) in disks.chain([(rng, true)]) {
+        for (device, ioeventfd) in disks.chain(nets).chain([(rng, true)]) {
             let function =
                 VirtioPci::new(device, memory.clone(), next_gsi, interrupts.clone(), interrupts.clone(), ioeventfd)
                     .context("no eventfds for a virtio device; raise the limit of open files (ulimit -n)")?;

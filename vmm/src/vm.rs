@@ -20,6 +20,8 @@ use block::engine::Engines;
 use devices::acpi::PowerButton;
 use devices::pause::PauseLine;
 use devices::virtio::blk::statistics::Statistics;
+use devices::virtio::net::NetOptions;
+use devices::virtio::net::backend::Backend;
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGUSR1, SIGUSR2};
 
@@ -42,6 +44,18 @@ pub struct Resources {
     pub disks: Vec<OpenDisk>,
     /// What is counted of each disk, in the same order.
     pub statistics: Vec<Arc<Statistics>>,
+    /// The network interfaces, in the order of their PCI slots.
+    pub nets: Vec<OpenNet>,
+}
+
+/// A network interface whose back end is open.
+pub struct OpenNet {
+    /// The host's side; it stays open when the guest reboots.
+    pub backend: Arc<Backend>,
+    /// How the guest sees it, and where it is counted.
+    pub options: NetOptions,
+    /// Doorbells arrive through ioeventfds.
+    pub ioeventfd: bool,
 }
 
 /// An image, and what will move its bytes.
@@ -63,7 +77,7 @@ impl Resources {
         let disks = config.disks.iter().map(|disk| open_disk(disk).context("--disk")).collect::<anyhow::Result<_>>()?;
         check_console_file(config)?;
         let statistics = config.disks.iter().map(|_| Arc::new(Statistics::new(config.stats.is_some()))).collect();
-        Ok(Self { kernel, initrd, disks, statistics })
+        Ok(Self { kernel, initrd, disks, statistics, nets: Vec::new() })
     }
 }
 

@@ -5,6 +5,7 @@ pub mod blk;
 pub mod device;
 #[cfg(any(test, feature = "test-utils"))]
 pub mod driver;
+pub mod net;
 pub mod pci;
 pub mod queue;
 pub mod rng;

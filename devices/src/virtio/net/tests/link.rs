@@ -1,0 +1,54 @@
+//! The link: up, lost and back.
+
+use super::*;
+
+/// The field `status` of the configuration.
+fn status(bench: &Bench) -> u16 {
+    let mut status = [0xff; 2];
+    bench.net.read_config(6, &mut status);
+    u16::from_le_bytes(status)
+}
+
+/// Sends a frame of 100 bytes and waits until the device took it.
+fn send(bench: &mut Bench) {
+    bench.fill(DATA, &frame(100));
+    bench.queues[1].add(&[readable(DATA, 112)]);
+    bench.queues[1].kick(1);
+    bench.used(1, 1);
+}
+
+#[test]
+fn a_lost_port_takes_the_link_down_until_it_is_back() {
+    let mut bench = Bench::active(PLAIN, 256);
+    send(&mut bench);
+    assert_eq!(status(&bench), 1);
+    bench.ends.down.store(true, Ordering::SeqCst);
+    send(&mut bench);
+    wait(&bench.lines.config);
+    assert_eq!(status(&bench), 0);
+    send(&mut bench);
+    let counted = bench.counted().tx;
+    assert_eq!((counted.frames, counted.drops[DropReason::Link as usize]), (1, 2));
+    bench.ends.down.store(false, Ordering::SeqCst);
+    wait(&bench.lines.config);
+    assert_eq!(status(&bench), 1);
+    send(&mut bench);
+    assert_eq!(bench.counted().tx.frames, 2);
+    // Once each, not once a frame.
+    assert!(bench.lines.config.read().is_err());
+}
+
+#[test]
+fn a_port_that_is_down_at_the_start_is_a_link_that_is_down() {
+    let mut bench = Bench::new(PLAIN, 256);
+    bench.ends.down.store(true, Ordering::SeqCst);
+    bench.activate();
+    wait(&bench.lines.config);
+    assert_eq!(status(&bench), 0);
+    bench.ends.down.store(false, Ordering::SeqCst);
+    wait(&bench.lines.config);
+    send(&mut bench);
+    // And a reset forgets it, as nobody looks.
+    bench.net.reset();
+    assert_eq!(status(&bench), 1);
+}

@@ -1,0 +1,316 @@
+//! The thread of one pair of queues: it alone moves frames between them and their port.
+
+use std::fmt::Display;
+use std::io;
+use std::os::fd::AsRawFd;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use vm_memory::GuestMemoryMmap;
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+use vmm_sys_util::eventfd::EventFd;
+
+use super::Broken;
+use super::backend::{Failure, Port};
+use super::header::Rules;
+use super::link::Link;
+use super::rx::{Received, Receiver};
+use super::statistics::{Counts, PairCounts};
+use super::tx::{Sender, Sent};
+use crate::log_limit::LogLimit;
+use crate::virtio::device::{ActiveQueue, Interrupt};
+use crate::virtio::queue::Virtqueue;
+
+/// Rounds with work after which the worker looks whether it is to stop, however busy it is kept.
+const BUSY_ROUNDS: u32 = 16;
+
+/// Frames of one direction after which the other has its turn, and the driver is told.
+const BATCH: usize = 64;
+
+/// How often to look whether a lost port is back.
+const LOOK: Duration = Duration::from_millis(250);
+
+/// Why the worker wakes: the driver gave room for frames.
+const ROOM: u64 = 0;
+/// Why the worker wakes: the driver has frames to send.
+const FRAMES: u64 = 1;
+/// Why the worker wakes: the port has a frame, or takes some.
+const PORT: u64 = 2;
+/// Why the worker wakes: it is to stop.
+const STOP: u64 = 3;
+
+/// What a worker needs besides its queues and its port; the same for all pairs of an interface.
+#[derive(Clone)]
+pub(super) struct Context {
+    pub(super) id: String,
+    pub(super) memory: Arc<GuestMemoryMmap>,
+    pub(super) interrupt: Arc<dyn Interrupt>,
+    pub(super) log: Arc<Mutex<LogLimit>>,
+    pub(super) rules: Rules,
+    pub(super) link: Arc<Link>,
+    /// Readable when one queue is broken: all queues of the device stop then.
+    pub(super) halt: Arc<EventFd>,
+}
+
+/// One pair at work. A driver may have enabled only one of the two queues.
+pub(super) struct PairWorker {
+    context: Context,
+    pair: u16,
+    epoll: Epoll,
+    counts: Arc<PairCounts>,
+    rx: Option<Side<Receiver>>,
+    tx: Option<Side<Sender>>,
+    /// The port passes nothing until it is back.
+    lost: bool,
+    /// When to look whether it is.
+    next_look: Instant,
+    /// What the port's file is watched for, if it is.
+    watched: Option<EventSet>,
+}
+
+/// One of the two queues.
+struct Side<T> {
+    index: u16,
+    frames: T,
+    /// Registered in the epoll instance, so it stays open as long.
+    _kick: EventFd,
+    /// The port took nothing when last asked.
+    blocked: bool,
+}
+
+impl PairWorker {
+    /// For the queues of `pair` that the driver enabled, receiving first.
+    ///
+    /// # Errors
+    /// When the host gives no epoll instance.
+    pub(super) fn new(
+        context: Context,
+        pair: u16,
+        queues: [Option<ActiveQueue>; 2],
+        counts: Arc<PairCounts>,
+    ) -> io::Result<Self> {
+        let epoll = Epoll::new()?;
+        let [rx, tx] = queues;
+        let rx = rx
+            .map(|queue| {
+                Side::new(&epoll, queue, ROOM, |queue| Receiver::new(queue, context.memory.clone(), context.rules))
+            })
+            .transpose()?;
+        let tx = tx
+            .map(|queue| Side::new(&epoll, queue, FRAMES, |queue| Sender::new(queue, context.memory.clone())))
+            .transpose()?;
+        Ok(Self { context, pair, epoll, counts, rx, tx, lost: false, next_look: Instant::now(), watched: None })
+    }
+
+    /// The body of the thread. Ends when `stop` is readable or the driver breaks a queue of the device. Nothing is in flight
+    /// then but what the port keeps, and that is ours.
+    pub(super) fn run(mut self, port: &mut dyn Port, stop: &EventFd) {
+        if let Err(broken) = self.serve(port, stop) {
+            let pair = self.pair;
+            self.log(format_args!("pair {pair}: {broken}; the interface stops until the driver resets it"));
+            self.context.interrupt.needs_reset();
+            // Full only if it is readable already.
+            let _ = self.context.halt.write(1);
+        }
+    }
+
+    fn serve(&mut self, port: &mut dyn Port, stop: &EventFd) -> Result<(), Broken> {
+        watch(&self.epoll, stop, EventSet::IN, STOP)?;
+        watch(&self.epoll, &self.context.halt, EventSet::IN, STOP)?;
+        if !port.is_up() {
+            self.lose("it is down");
+        }
+        loop {
+            let mut busy = true;
+            for _ in 0..BUSY_ROUNDS {
+                busy = self.round(port)?;
+                if !busy {
+                    break;
+                }
+            }
+            // What became available before notifications were on will not be announced.
+            let awake = busy || self.enable_notification();
+            self.watch_port(port)?;
+            if self.sleep(awake)? {
+                return Ok(());
+            }
+            self.disable_notification();
+            self.look_for(port);
+        }
+    }
+
+    /// Moves a batch of frames each way; `false` if there was none.
+    fn round(&mut self, port: &mut dyn Port) -> Result<bool, Broken> {
+        Ok(self.receive(port)? | self.send(port)?)
+    }
+
+    fn receive(&mut self, port: &mut dyn Port) -> Result<bool, Broken> {
+        let Some(rx) = self.rx.as_mut().filter(|_| !self.lost) else { return Ok(false) };
+        let (mut any, mut lost) = (false, None);
+        for _ in 0..BATCH {
+            match rx.frames.receive(port, &self.counts.rx)? {
+                Received::Frame => any = true,
+                Received::Nothing | Received::NoRoom => break,
+                Received::Lost(error) => {
+                    lost = Some(error);
+                    break;
+                }
+            }
+        }
+        tell(&mut rx.frames.queue, rx.index, &self.counts.rx, &self.context);
+        if let Some(error) = lost {
+            self.lose(error);
+        }
+        Ok(any)
+    }
+
+    fn send(&mut self, port: &mut dyn Port) -> Result<bool, Broken> {
+        let Some(tx) = &mut self.tx else { return Ok(false) };
+        let (mut any, mut lost) = (false, None);
+        tx.blocked = false;
+        for _ in 0..BATCH {
+            let port: Option<&mut dyn Port> = if self.lost { None } else { Some(&mut *port) };
+            match tx.frames.send(port, &self.counts.tx)? {
+                Sent::Frame => any = true,
+                Sent::Nothing => break,
+                Sent::Blocked => {
+                    tx.blocked = true;
+                    break;
+                }
+                Sent::Lost(error) => {
+                    lost = Some(error);
+                    break;
+                }
+            }
+        }
+        if !self.lost && lost.is_none() {
+            match port.flush() {
+                Ok(done) => tx.blocked |= !done,
+                Err(Failure::Lost(error)) => lost = Some(error),
+                Err(Failure::NotNow | Failure::Frame(_)) => tx.blocked = true,
+            }
+        }
+        tell(&mut tx.frames.queue, tx.index, &self.counts.tx, &self.context);
+        if let Some(error) = lost {
+            // What waits is dropped in the next round.
+            self.lose(error);
+            any = true;
+        }
+        Ok(any)
+    }
+
+    /// Whether notifications of something that is there already were switched on too late.
+    fn enable_notification(&mut self) -> bool {
+        // What the driver gives is of no use while the port blocks it, or there is enough.
+        let room = self.rx.as_mut().filter(|rx| rx.frames.lacks_room());
+        let room = room.is_some_and(|rx| rx.frames.queue.enable_notification());
+        let frames = self.tx.as_mut().filter(|tx| !tx.blocked);
+        room | frames.is_some_and(|tx| tx.frames.queue.enable_notification())
+    }
+
+    fn disable_notification(&mut self) {
+        if let Some(rx) = &mut self.rx {
+            rx.frames.queue.disable_notification();
+        }
+        if let Some(tx) = &mut self.tx {
+            tx.frames.queue.disable_notification();
+        }
+    }
+
+    /// Watches the port for what there is a use for.
+    fn watch_port(&mut self, port: &mut dyn Port) -> io::Result<()> {
+        let mut set = EventSet::EDGE_TRIGGERED;
+        set.set(EventSet::IN, self.rx.as_ref().is_some_and(|rx| !rx.frames.lacks_room()));
+        set.set(EventSet::OUT, self.tx.as_ref().is_some_and(|tx| tx.blocked));
+        let wanted = Some(set).filter(|_| !self.lost);
+        if wanted == self.watched {
+            return Ok(());
+        }
+        let operation = match (self.watched, wanted) {
+            (None, _) => ControlOperation::Add,
+            (_, None) => ControlOperation::Delete,
+            _ => ControlOperation::Modify,
+        };
+        self.watched = wanted;
+        self.epoll.ctl(operation, port.file().as_raw_fd(), EpollEvent::new(wanted.unwrap_or(EventSet::empty()), PORT))
+    }
+
+    /// The port is lost.
+    fn lose(&mut self, why: impl Display) {
+        self.lost = true;
+        self.next_look = Instant::now() + LOOK;
+        self.log(format_args!("the host's side is lost: {why}; the link is down until it is back"));
+        self.set_link(true);
+    }
+
+    /// Looks whether a lost port is back, if it is time to.
+    fn look_for(&mut self, port: &mut dyn Port) {
+        if !self.lost || Instant::now() < self.next_look {
+            return;
+        }
+        self.next_look = Instant::now() + LOOK;
+        if port.is_up() {
+            self.lost = false;
+            self.log("the link is up");
+            self.set_link(false);
+        }
+    }
+
+    fn set_link(&self, lost: bool) {
+        if self.context.link.set_lost(self.pair, lost) {
+            self.context.interrupt.config();
+        }
+    }
+
+    fn log(&self, line: impl Display) {
+        let mut limit = self.context.log.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(suppressed) = limit.allow(Instant::now()) {
+            tracing::warn!("net {}: {line}{suppressed}", self.context.id);
+        }
+    }
+
+    /// Sleeps until there may be something to do, or not at all if `awake`; `true` if it is to stop.
+    fn sleep(&mut self, awake: bool) -> Result<bool, Broken> {
+        let patience = match (awake, self.lost) {
+            (true, _) => 0,
+            (false, true) => LOOK.as_millis() as i32,
+            (false, false) => -1,
+        };
+        let mut events = [EpollEvent::default(); 5];
+        match self.epoll.wait(patience, &mut events) {
+            Ok(count) => {
+                let woke = |why| events.iter().take(count).any(|event| event.data() == why);
+                if woke(ROOM) {
+                    self.counts.rx.kicked();
+                }
+                if woke(FRAMES) {
+                    self.counts.tx.kicked();
+                }
+                Ok(woke(STOP))
+            }
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => Ok(false),
+            Err(error) => Err(error.into()),
+        }
+    }
+}
+
+/// Shows the driver what was used since the last time, with one interrupt if it wants one.
+fn tell(queue: &mut Virtqueue, index: u16, counts: &Counts, context: &Context) {
+    if queue.publish() {
+        context.interrupt.queue(index);
+        counts.interrupted();
+    }
+}
+
+fn watch(epoll: &Epoll, event: &EventFd, set: EventSet, why: u64) -> io::Result<()> {
+    epoll.ctl(ControlOperation::Add, event.as_raw_fd(), EpollEvent::new(set, why))
+}
+
+impl<T> Side<T> {
+    fn new(epoll: &Epoll, active: ActiveQueue, why: u64, frames: impl FnOnce(Virtqueue) -> T) -> io::Result<Self> {
+        let ActiveQueue { index, queue, kick } = active;
+        // Edge-triggered, so nobody need read it: every write of it wakes, and waking is all it is for.
+        watch(epoll, &kick, EventSet::IN | EventSet::EDGE_TRIGGERED, why)?;
+        Ok(Self { index, frames: frames(queue), _kick: kick, blocked: false })
+    }
+}
