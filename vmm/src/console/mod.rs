@@ -7,7 +7,7 @@
 mod escape;
 mod output;
 mod socket;
-mod terminal;
+pub(crate) mod terminal;
 
 use std::collections::VecDeque;
 use std::fs::File;

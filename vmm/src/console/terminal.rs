@@ -94,6 +94,17 @@ pub(super) fn in_foreground(fd: BorrowedFd) -> bool {
     foreground == -1 || foreground == ours
 }
 
+/// Rows and columns of the terminal `fd`, if it knows them.
+pub(crate) fn size(fd: BorrowedFd) -> Option<(u16, u16)> {
+    let mut size = MaybeUninit::<libc::winsize>::zeroed();
+    // SAFETY: TIOCGWINSZ (ioctl_tty(2)) writes a winsize if it succeeds, and any bits are one, so zeroes too.
+    let size = unsafe {
+        check(libc::ioctl(fd.as_raw_fd(), libc::TIOCGWINSZ, size.as_mut_ptr())).ok()?;
+        size.assume_init()
+    };
+    (size.ws_row > 0 && size.ws_col > 0).then_some((size.ws_row, size.ws_col))
+}
+
 /// Opens a new pseudoterminal in raw mode and returns its master (non-blocking) and the name of its slave. Nobody has
 /// the slave open then, which [`poll`] shows as `POLLHUP` of the master.
 pub(super) fn open_pty() -> io::Result<(File, PathBuf)> {

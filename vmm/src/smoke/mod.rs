@@ -4,6 +4,7 @@
 //! machine that may be gone) and [`Observer`] (what happens meanwhile).
 
 mod observer;
+pub mod report;
 mod result;
 mod transcript;
 
