@@ -3,17 +3,33 @@
 //! than it was told. Owned by the worker.
 
 use std::hint;
+use std::thread;
 use std::time::{Duration, Instant};
 
 /// What the first look that may pay takes.
 const FIRST: Duration = Duration::from_micros(4);
 
-/// The time spent on looking adapts: work that came soon after the worker fell asleep doubles it, work that kept it waiting
-/// longer than the maximum ends it.
+/// Looks, of some ten nanoseconds each, between two at the clock.
+const LOOKS: u32 = 16;
+
+/// Whom the worker waits for. A driver that got answers soon has the next requests, a disk takes its time: one does not tell
+/// how long the other will take.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Awaited {
+    /// What it was asked to do is done, and said.
+    Driver,
+    /// It has handed over what there was.
+    Host,
+}
+
+/// The time spent on looking adapts, for each of the two: work that came soon after the worker fell asleep doubles it, work
+/// that kept it waiting longer than the maximum ends it.
 #[derive(Debug)]
 pub(super) struct Polling {
     max: Duration,
-    budget: Duration,
+    /// By [`Awaited`].
+    budgets: [Duration; 2],
+    awaited: Awaited,
     /// Since when there has been no work.
     idle: Option<Instant>,
 }
@@ -21,13 +37,13 @@ pub(super) struct Polling {
 impl Polling {
     /// Never looks longer than `max`; zero: not at all.
     pub(super) fn new(max: Duration) -> Self {
-        Self { max, budget: Duration::ZERO, idle: None }
+        Self { max, budgets: [Duration::ZERO; 2], awaited: Awaited::Driver, idle: None }
     }
 
     /// As if `budget` had been learnt.
     #[cfg(test)]
     pub(super) fn learnt(budget: Duration) -> Self {
-        Self { max: budget, budget, idle: None }
+        Self { budgets: [budget; 2], ..Self::new(budget) }
     }
 
     /// There was no work: looks for some with `found`, if that pays. Returns whether there is some.
@@ -35,30 +51,38 @@ impl Polling {
         if self.max.is_zero() {
             return false;
         }
+        let budget = self.budgets[self.awaited as usize];
         // Awake for nothing, it has looked already.
         let idle = *self.idle.get_or_insert_with(Instant::now);
-        while idle.elapsed() < self.budget {
-            if found() {
-                return true;
+        while idle.elapsed() < budget {
+            for _ in 0..LOOKS {
+                if found() {
+                    return true;
+                }
+                hint::spin_loop();
             }
-            hint::spin_loop();
+            // Whoever is waited for may need this CPU: a vCPU, a thread of a pool, the kernel's own (linux-aio completes
+            // writes on one that is bound to the CPU from which they were submitted).
+            thread::yield_now();
         }
         false
     }
 
-    /// There was work.
-    pub(super) fn worked(&mut self) {
+    /// There was work; from now on `awaited` is waited for.
+    pub(super) fn worked(&mut self, awaited: Awaited) {
         if let Some(idle) = self.idle.take() {
             self.adapt(idle.elapsed());
         }
+        self.awaited = awaited;
     }
 
     /// Learns that work came after `waited`.
     fn adapt(&mut self, waited: Duration) {
+        let budget = &mut self.budgets[self.awaited as usize];
         if waited > self.max {
-            self.budget = Duration::ZERO;
-        } else if waited > self.budget {
-            self.budget = (self.budget * 2).clamp(FIRST.min(self.max), self.max);
+            *budget = Duration::ZERO;
+        } else if waited > *budget {
+            *budget = (*budget * 2).clamp(FIRST.min(self.max), self.max);
         }
     }
 }
@@ -66,6 +90,7 @@ impl Polling {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use Awaited::{Driver, Host};
     use proptest::prelude::*;
 
     const MAX: Duration = Duration::from_micros(32);
@@ -75,7 +100,7 @@ mod tests {
         for &wait in waits {
             polling.adapt(Duration::from_micros(wait));
         }
-        polling.budget
+        polling.budgets[Driver as usize]
     }
 
     #[test]
@@ -123,21 +148,38 @@ mod tests {
         assert!(!Polling::new(Duration::ZERO).look(|| panic!("told not to look")));
         let mut polling = Polling::new(Duration::from_secs(3600));
         assert!(!polling.look(|| panic!("nothing is learnt yet")));
-        polling.worked();
-        assert_eq!(polling.budget, FIRST, "it came soon");
-        polling.budget = Duration::from_secs(3600);
+        polling.worked(Driver);
+        assert_eq!(polling.budgets, [FIRST, Duration::ZERO], "it came soon");
+        polling.budgets = [Duration::from_secs(3600); 2];
         let found = polling.look(|| {
             looks += 1;
             looks == 5
         });
         assert!(found);
-        polling.worked();
-        assert_eq!((looks, polling.budget), (5, Duration::from_secs(3600)));
+        polling.worked(Driver);
+        assert_eq!((looks, polling.budgets), (5, [Duration::from_secs(3600); 2]));
         // A wake-up for nothing is no new wait.
-        polling.budget = Duration::from_nanos(1);
+        polling.budgets[Driver as usize] = Duration::from_nanos(1);
         while polling.look(|| false) {}
         let idle = polling.idle;
         assert!(idle.is_some() && !polling.look(|| panic!("the budget is used")));
         assert_eq!(polling.idle, idle);
+    }
+
+    #[test]
+    fn a_slow_disk_does_not_keep_it_from_looking_for_a_quick_driver() {
+        let mut polling = Polling::new(MAX);
+        // In turn: the driver's next requests come soon after the answers, what the host does takes longer than the maximum.
+        for _ in 0..8 {
+            polling.awaited = Driver;
+            polling.adapt(Duration::from_micros(3));
+            polling.awaited = Host;
+            polling.adapt(2 * MAX);
+        }
+        assert_eq!(polling.budgets, [FIRST, Duration::ZERO]);
+        let mut polling = Polling { budgets: [Duration::from_secs(3600), Duration::ZERO], ..Polling::new(MAX) };
+        assert!(polling.look(|| true), "the driver's turn");
+        polling.awaited = Host;
+        assert!(!polling.look(|| panic!("that has not paid")));
     }
 }

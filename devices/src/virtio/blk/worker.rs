@@ -16,7 +16,7 @@ use vmm_sys_util::eventfd::EventFd;
 use super::Broken;
 use super::errors::{Errors, Held, Verdict};
 use super::gate::{Gate, Limited};
-use super::polling::Polling;
+use super::polling::{Awaited, Polling};
 use super::request::{Action, Request, Rules, Serial, Status};
 use super::statistics::{Kind, Recorder, Statistics};
 use crate::log_limit::LogLimit;
@@ -174,7 +174,7 @@ impl QueueWorker {
         self.tell();
         let busy = completed || taken;
         if busy {
-            self.polling.worked();
+            self.polling.worked(if completed { Awaited::Driver } else { Awaited::Host });
         }
         Ok(busy)
     }
