@@ -5,7 +5,7 @@ use std::fs::{File, FileType, OpenOptions};
 use std::io::{self, ErrorKind, Seek, SeekFrom};
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::Duration;
 
@@ -16,6 +16,7 @@ use crate::direct::{self, Alignment};
 use crate::lock;
 use crate::ranges::Ranges;
 use crate::topology::Topology;
+use crate::witness::Witnesses;
 
 /// The unit of [`Disk::size`] and of virtio-blk addresses, in bytes.
 pub const SECTOR_SIZE: u64 = 512;
@@ -139,9 +140,8 @@ pub struct Disk {
     topology: Topology,
     ranges: Ranges,
     flush_failed: AtomicBool,
-    /// Durable writes and flushes that failed, and the errno of the last.
-    failures: AtomicU64,
-    last_errno: AtomicI32,
+    /// For durable writes through the page cache.
+    witnesses: Witnesses,
 }
 
 impl Disk {
@@ -180,8 +180,8 @@ impl Disk {
         let topology =
             Topology::of(&file, alignment.block).map_err(|error| DiskError::Io { path: path.into(), error })?;
         let (id, ranges, flush_failed) = (id.to_owned(), Ranges::default(), AtomicBool::new(false));
-        let (failures, last_errno) = (AtomicU64::new(0), AtomicI32::new(0));
-        Ok(Self { id, file, size, readonly, cache, alignment, topology, ranges, flush_failed, failures, last_errno })
+        let witnesses = Witnesses::default();
+        Ok(Self { id, file, size, readonly, cache, alignment, topology, ranges, flush_failed, witnesses })
     }
 
     /// As on a host that demands `alignment`, at least as coarse as that of this one.
@@ -245,9 +245,8 @@ impl Disk {
         if self.cache.is_direct() {
             return result;
         }
-        if let Err(error) = &result {
+        if result.is_err() {
             self.flush_failed.store(true, Ordering::SeqCst);
-            self.note(error);
         } else if self.flush_failed.load(Ordering::SeqCst) {
             return Err(io::Error::other(
                 "an earlier flush failed, and the host has dropped what it could not write: end the machine and check what \
@@ -259,31 +258,17 @@ impl Disk {
 }
 
 impl Disk {
-    /// Durable writes and flushes that have failed so far, for [`Disk::written`].
-    pub(crate) fn failures(&self) -> u64 {
-        self.failures.load(Ordering::SeqCst)
+    /// Whether a durable write by way of [`Disk::file`] is told of its own error only, however many there are at a time.
+    pub(crate) fn tells_apart(&self) -> bool {
+        self.cache.is_direct()
     }
 
-    /// What a durable write comes to that the host answered with `result`, and that began after `failures`. Linux tells of
-    /// a failed write-back once for each open file, so through the page cache one write is told what happened to another,
-    /// which then succeeds: all that were under way when one failed have failed. A write may still slip through that ends
-    /// between the host's telling another and our noting it here.
-    pub(crate) fn written(&self, failures: u64, result: io::Result<()>) -> io::Result<()> {
-        if self.cache.is_direct() {
-            return result;
-        }
-        if let Err(error) = &result {
-            self.note(error);
-        } else if self.failures() != failures {
-            return Err(io::Error::from_raw_os_error(self.last_errno.load(Ordering::SeqCst)));
-        }
-        result
-    }
-
-    /// Something failed to become stable.
-    fn note(&self, error: &io::Error) {
-        self.last_errno.store(error.raw_os_error().unwrap_or(libc::EIO), Ordering::SeqCst);
-        self.failures.fetch_add(1, Ordering::SeqCst);
+    /// Makes the durable change that `write` makes with the file it is given.
+    ///
+    /// # Errors
+    /// What becomes of it, and of nothing else; and when the host gives no more open files.
+    pub(crate) fn write_durably<T>(&self, write: impl FnOnce(&File) -> io::Result<T>) -> io::Result<T> {
+        if self.tells_apart() { write(&self.file) } else { self.witnesses.lend(&self.file, write) }
     }
 }
 

@@ -14,3 +14,4 @@ pub mod measure;
 mod ranges;
 pub mod throttle;
 pub mod topology;
+mod witness;

@@ -7,6 +7,10 @@ use std::time::{Duration, Instant};
 /// What a bucket holds if nothing is said: what its rate yields in this time.
 pub const BURST: Duration = Duration::from_millis(100);
 
+/// The least a bucket may hold: a worker's wait ends up to a millisecond late, and what would not fit into the bucket meanwhile
+/// would be lost.
+pub const LEAST_BURST: Duration = Duration::from_millis(2);
+
 /// The limits of one quantity, each a second.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Rates {

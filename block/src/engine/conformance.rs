@@ -122,24 +122,24 @@ pub(super) fn disk(size: usize) -> (TempDir, PathBuf, Arc<Disk>) {
 }
 
 /// `size` bytes of guest memory or a little more.
-pub(super) fn memory(size: usize) -> Arc<GuestMemoryMmap> {
+pub(crate) fn memory(size: usize) -> Arc<GuestMemoryMmap> {
     let regions: Vec<_> = (0..size.div_ceil(REGION)).map(|n| (GuestAddress(at(n * REGION)), REGION)).collect();
     Arc::new(GuestMemoryMmap::from_ranges(&regions).unwrap())
 }
 
 /// The guest address of a place in [`memory`].
-pub(super) fn at(offset: usize) -> u64 {
+pub(crate) fn at(offset: usize) -> u64 {
     BASE + offset as u64
 }
 
 /// An op on memory at `segments`, given as offsets and lengths.
-pub(super) fn op(kind: OpKind, offset: u64, segments: &[(usize, usize)], memory: &Arc<GuestMemoryMmap>) -> Op {
+pub(crate) fn op(kind: OpKind, offset: u64, segments: &[(usize, usize)], memory: &Arc<GuestMemoryMmap>) -> Op {
     let segments = segments.iter().map(|&(start, len)| (GuestAddress(at(start)), len as u32)).collect();
     Op { kind, offset, segments, ranges: Vec::new(), memory: memory.clone() }
 }
 
 /// Waits for `count` completions as a worker does: reaps until there is nothing, then sleeps until told.
-pub(super) fn await_completions(engine: &mut dyn Engine, count: usize) -> Vec<Completion> {
+pub(crate) fn await_completions(engine: &mut dyn Engine, count: usize) -> Vec<Completion> {
     let epoll = Epoll::new().unwrap();
     let event = EpollEvent::new(EventSet::IN | EventSet::EDGE_TRIGGERED, 0);
     epoll.ctl(ControlOperation::Add, engine.completion_event().as_raw_fd(), event).unwrap();

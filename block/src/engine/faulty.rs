@@ -107,16 +107,17 @@ impl Image for Faulty {
         }
     }
 
+    fn harden(&self) -> io::Result<()> {
+        self.begin(Call::Flush)?;
+        self.disk.harden()
+    }
+
     fn flushed(&self, result: io::Result<()>) -> io::Result<()> {
         self.disk.flushed(result)
     }
 
-    fn failures(&self) -> u64 {
-        self.disk.failures()
-    }
-
-    fn written(&self, failures: u64, result: io::Result<()>) -> io::Result<()> {
-        self.disk.written(failures, result)
+    fn tells_apart(&self) -> bool {
+        self.disk.tells_apart()
     }
 
     fn zero(&self, range: &Range<u64>, unmap: bool) -> io::Result<()> {

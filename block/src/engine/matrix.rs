@@ -18,7 +18,7 @@ use super::native::Native;
 use super::ring::{Ring, RingEngine};
 use super::threads::ThreadPool;
 use super::uring::Uring;
-use super::{Aio, Completion, Engine, Op, OpKind};
+use super::{Aio, Engine, Op, OpKind};
 use crate::cache::CacheMode;
 use crate::direct::Alignment;
 use crate::disk::Disk;
@@ -303,31 +303,6 @@ fn a_flush_that_failed_does_not_succeed_later() {
             }
         }
         assert_eq!(over_uring.2.flush().is_ok(), bed.cache.is_direct(), "whoever flushes it");
-    }
-}
-
-/// Linux tells of a failed write-back once for each open file: RWF_DSYNC of one write may be told of another's, which then
-/// succeeds (seen with a loop device on a full filesystem). So what was under way when one failed has failed too.
-#[test]
-fn durable_writes_beside_one_that_failed_fail_too() {
-    // A turn for handing each over, and one for its completion: of the first batch one fails, of the second none.
-    let script = [&[Fault::Pass; 4][..], &[Fault::Report((-libc::EIO).into())], &[Fault::Pass; 11]].concat();
-    for (cache, durable) in
-        [(CacheMode::Writethrough, true), (CacheMode::Writeback, false), (CacheMode::Directsync, true)]
-    {
-        let (_dir, _path, disk, _) = Bed { cache, ..DIRECT }.disk(1 << 20);
-        let (mut engine, memory) = (faulty(uring, &script)(disk), memory(1 << 16));
-        let mut batch = || {
-            for tag in 0..4 {
-                engine.push(op(OpKind::Write { durable }, u64::from(tag) * 4096, &[(4096, 4096)], &memory), tag);
-            }
-            engine.submit();
-            let errno = |done: Completion| done.result.err().map(|error| error.raw_os_error());
-            await_completions(&mut *engine, 4).into_iter().filter_map(errno).collect::<Vec<_>>()
-        };
-        let expected = if cache == CacheMode::Writethrough { 4 } else { 1 };
-        assert_eq!(batch(), vec![Some(libc::EIO); expected], "{cache:?}");
-        assert!(batch().is_empty(), "{cache:?}");
     }
 }
 

@@ -1,8 +1,8 @@
 #![expect(unsafe_code, reason = "hands guest memory to the kernel")]
 //! What the engines over a queue in the kernel have in common. The kernel gets the plain case, a transfer it can do as it
-//! is; whatever needs more (buffers that O_DIRECT does not take, a part of a block, the rest of a short transfer, discarding
-//! and zeroing, an operation the kernel lacks) is done whole by a few helper threads, so that it never holds up the queue.
-//! Owned by the worker.
+//! is; whatever needs more (buffers that O_DIRECT does not take, a part of a block, the rest of a short transfer, a durable
+//! write through the page cache, discarding and zeroing, an operation the kernel lacks) is done whole by a few helper
+//! threads, so that it never holds up the queue. Owned by the worker.
 
 use std::collections::VecDeque;
 use std::io;
@@ -73,8 +73,6 @@ struct Slot {
     /// What the kernel reads while the op is in flight.
     buffers: Vec<iovec>,
     claim: Option<Claim>,
-    /// [`Image::failures`] when it was handed over.
-    failures: u64,
 }
 
 // SAFETY: the addresses in `buffers` are not tied to a thread, and `op` keeps their targets mapped.
@@ -112,7 +110,6 @@ impl<R: Ring> RingEngine<R> {
             // SAFETY: the number was free. `op` stays in the slot, and with it the memory, until the ring yields it; the
             // array is not touched while the slot is not free.
             unsafe { self.ring.queue(number, op.kind, op.offset, &slot.buffers) };
-            slot.failures = self.image.failures();
             slot.op = Some((op, tag));
         }
     }
@@ -131,25 +128,16 @@ impl<R: Ring> RingEngine<R> {
         let mut finished = mem::take(&mut self.finished);
         self.ring.reap(&mut finished);
         let any = !finished.is_empty();
-        if finished.iter().any(|&(_, result)| result < 0) {
-            // Failures first, for they may concern the others: `Image::written`.
-            finished.sort_unstable_by_key(|&(_, result)| result);
-        }
         for (number, result) in finished.drain(..) {
             let slot = &mut self.slots[number];
             let (op, tag) = slot.op.take().expect("the kernel completes each transfer once");
-            let failures = slot.failures;
             if let Some(claim) = slot.claim.take() {
                 self.image.ranges().release(&claim);
             }
             self.free.push(number);
             match judge(&op, result) {
                 Some(result) => {
-                    let result = match op.kind {
-                        OpKind::Flush => self.image.flushed(result),
-                        OpKind::Write { durable: true } => self.image.written(failures, result),
-                        _ => result,
-                    };
+                    let result = if op.kind == OpKind::Flush { self.image.flushed(result) } else { result };
                     completions.push(Completion { tag, op, result });
                 }
                 None => self.help(op, tag),
@@ -176,6 +164,7 @@ impl Slot {
         match op.kind {
             OpKind::Flush => return true,
             OpKind::Discard { .. } | OpKind::WriteZeroes { .. } => return false,
+            OpKind::Write { durable: true } if !image.tells_apart() => return false,
             OpKind::Read | OpKind::Write { .. } => {}
         }
         let alignment = image.alignment();

@@ -1,6 +1,7 @@
 #![expect(unsafe_code, reason = "preadv and pwritev take raw guest memory")]
 //! One op, done with blocking system calls: whole, or an error. Runs on the threads of a pool.
 
+use std::fs::File;
 use std::io::{self, ErrorKind};
 use std::ops::Range;
 use std::os::fd::AsRawFd;
@@ -37,14 +38,14 @@ pub(super) trait Image: Send + Sync {
     /// As `fdatasync(2)`, and [`Image::flushed`].
     fn flush(&self) -> io::Result<()>;
 
+    /// As `fdatasync(2)`, for what the caller has just changed: told of that, and not of what others could not write.
+    fn harden(&self) -> io::Result<()>;
+
     /// What a flush comes to that was made by other means, with this `result`.
     fn flushed(&self, result: io::Result<()>) -> io::Result<()>;
 
-    /// How many durable writes and flushes have failed, for [`Image::written`].
-    fn failures(&self) -> u64;
-
-    /// What a durable write comes to that the host answered with this `result`, and that began after `failures`.
-    fn written(&self, failures: u64, result: io::Result<()>) -> io::Result<()>;
+    /// Whether the kernel may make durable writes by itself. Else they are for [`Image::write_at`].
+    fn tells_apart(&self) -> bool;
 
     /// Makes `range` read as zero without transferring zeroes, as `fallocate(2)` with FALLOC_FL_ZERO_RANGE, or with
     /// FALLOC_FL_PUNCH_HOLE if `unmap`. Its ends are multiples of the topology's unit.
@@ -73,25 +74,27 @@ impl Image for Disk {
 
     unsafe fn write_at(&self, buffers: &[iovec], offset: u64, durable: bool) -> io::Result<usize> {
         let (count, offset) = (to_count(buffers), to_off_t(offset)?);
-        let flags = if durable { libc::RWF_DSYNC } else { 0 };
-        // SAFETY: as for reading.
-        done(unsafe { libc::pwritev2(self.file().as_raw_fd(), buffers.as_ptr(), count, offset, flags) })
+        let write = |file: &File, flags| {
+            // SAFETY: as for reading.
+            done(unsafe { libc::pwritev2(file.as_raw_fd(), buffers.as_ptr(), count, offset, flags) })
+        };
+        if durable { self.write_durably(|file| write(file, libc::RWF_DSYNC)) } else { write(self.file(), 0) }
     }
 
     fn flush(&self) -> io::Result<()> {
         Disk::flush(self)
     }
 
+    fn harden(&self) -> io::Result<()> {
+        self.write_durably(File::sync_data)
+    }
+
     fn flushed(&self, result: io::Result<()>) -> io::Result<()> {
         Disk::flushed(self, result)
     }
 
-    fn failures(&self) -> u64 {
-        Disk::failures(self)
-    }
-
-    fn written(&self, failures: u64, result: io::Result<()>) -> io::Result<()> {
-        Disk::written(self, failures, result)
+    fn tells_apart(&self) -> bool {
+        Disk::tells_apart(self)
     }
 
     fn zero(&self, range: &Range<u64>, unmap: bool) -> io::Result<()> {
@@ -144,31 +147,28 @@ pub(super) struct Scratch {
 /// # Errors
 /// `EFAULT` for a segment outside guest memory, `WriteZero` for a write that stops, and what the host says.
 pub(super) fn transfer(image: &dyn Image, op: &Op, scratch: &mut Scratch) -> io::Result<()> {
-    let failures = image.failures();
-    let (result, durable) = match op.kind {
-        OpKind::Flush => return retry(|| image.flush()),
+    match op.kind {
+        OpKind::Flush => retry(|| image.flush()),
         OpKind::Read | OpKind::Write { .. } => {
             resolve(op, &mut scratch.buffers)?;
-            let result = claimed(image, claim(op, image.alignment()), || copy(image, op, scratch));
-            (result, op.kind == OpKind::Write { durable: true })
+            claimed(image, claim(op, image.alignment()), || copy(image, op, scratch))
         }
         OpKind::Discard { durable } => {
             let discard = |range| claimed(image, claim_range(range, image.alignment()), || discard(image, range));
-            (op.ranges.iter().try_for_each(discard).and_then(|()| flush_if(image, durable)), durable)
+            op.ranges.iter().try_for_each(discard).and_then(|()| harden_if(image, durable))
         }
         OpKind::WriteZeroes { unmap, durable } => {
             let zero = |range| {
                 let claim = claim_range(range, image.alignment());
                 claimed(image, claim, || write_zeroes(image, range, unmap, &mut scratch.bounce))
             };
-            (op.ranges.iter().try_for_each(zero).and_then(|()| flush_if(image, durable)), durable)
+            op.ranges.iter().try_for_each(zero).and_then(|()| harden_if(image, durable))
         }
-    };
-    if durable { image.written(failures, result) } else { result }
+    }
 }
 
-fn flush_if(image: &dyn Image, durable: bool) -> io::Result<()> {
-    if durable { retry(|| image.flush()) } else { Ok(()) }
+fn harden_if(image: &dyn Image, durable: bool) -> io::Result<()> {
+    if durable { retry(|| image.harden()) } else { Ok(()) }
 }
 
 /// Does `work` under `claim`.

@@ -252,16 +252,16 @@ impl Image for Volatile {
         Ok(())
     }
 
+    fn harden(&self) -> io::Result<()> {
+        self.flush()
+    }
+
     fn flushed(&self, result: io::Result<()>) -> io::Result<()> {
         result
     }
 
-    fn failures(&self) -> u64 {
-        0
-    }
-
-    fn written(&self, _failures: u64, result: io::Result<()>) -> io::Result<()> {
-        result
+    fn tells_apart(&self) -> bool {
+        true
     }
 
     fn zero(&self, range: &Range<u64>, _unmap: bool) -> io::Result<()> {

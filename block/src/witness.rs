@@ -1,0 +1,138 @@
+//! Open files for durable writes through the page cache, one for each that goes on. Linux tells of a failed write-back once
+//! for each open file (fsync(2)): of two writes that share one, the first to ask is told of the other's error, and the other
+//! that all is well. Shared by the threads of a disk's pools.
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::fd::AsRawFd;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+/// The open files of one disk besides its own.
+#[derive(Debug, Default)]
+pub(crate) struct Witnesses {
+    /// Lent to nobody.
+    idle: Mutex<Vec<Witness>>,
+    /// Writes that have failed.
+    failures: AtomicU64,
+}
+
+/// One open file.
+#[derive(Debug)]
+struct Witness {
+    file: File,
+    /// [`Witnesses::failures`] when it was opened. Once there are more, it would tell of those too.
+    failures: u64,
+}
+
+impl Witnesses {
+    /// Calls `write` with an open file for the inode of `disk` that nobody else has meanwhile.
+    ///
+    /// # Errors
+    /// Those of `write`, and when the host gives no more open files.
+    pub(crate) fn lend<T>(&self, disk: &File, write: impl FnOnce(&File) -> io::Result<T>) -> io::Result<T> {
+        let failures = self.failures.load(Ordering::SeqCst);
+        let idle = self.idle().pop().filter(|witness| witness.failures == failures);
+        let witness = idle.map_or_else(|| open_again(disk).map(|file| Witness { file, failures }), Ok)?;
+        let result = write(&witness.file);
+        if result.is_ok() {
+            self.idle().push(witness);
+        } else {
+            self.failures.fetch_add(1, Ordering::SeqCst);
+        }
+        result
+    }
+
+    fn idle(&self) -> MutexGuard<'_, Vec<Witness>> {
+        self.idle.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The same file, wherever its name is gone to.
+fn open_again(file: &File) -> io::Result<File> {
+    OpenOptions::new().read(true).write(true).open(format!("/proc/self/fd/{}", file.as_raw_fd()))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::FromRawFd;
+    use std::os::unix::fs::FileExt;
+    use std::path::Path;
+    use std::process::Command;
+    use std::sync::Arc;
+
+    use vm_memory::{Bytes, GuestAddress};
+
+    use super::*;
+    use crate::cache::CacheMode;
+    use crate::disk::Disk;
+    use crate::engine::conformance::{at, attach, await_completions, memory, op};
+    use crate::engine::{Aio, OpKind};
+    use crate::lock::tests::FORKING;
+
+    const BLOCK: u64 = 4096;
+    const BLOCKS: u64 = 256;
+
+    /// A loop device whose second half cannot be written to, and the memory behind it.
+    fn half_broken() -> Result<(Disk, File), String> {
+        let _alone = FORKING.lock();
+        #[expect(unsafe_code, reason = "the standard library has no such call")]
+        // SAFETY: the name is a string of C, and the descriptor is nobody else's.
+        let backing = unsafe { File::from_raw_fd(libc::memfd_create(c"half".as_ptr(), libc::MFD_ALLOW_SEALING)) };
+        backing.set_len(BLOCKS * BLOCK).unwrap();
+        let path = format!("/proc/{}/fd/{}", std::process::id(), backing.as_raw_fd());
+        let device = attach(Path::new(&path), 512)?;
+        backing.set_len(BLOCKS / 2 * BLOCK).unwrap();
+        #[expect(unsafe_code, reason = "the standard library has no such call")]
+        // SAFETY: it takes numbers. Writes past the end fail from now on.
+        let sealed = unsafe { libc::fcntl(backing.as_raw_fd(), libc::F_ADD_SEALS, libc::F_SEAL_GROW) };
+        assert_eq!(sealed, 0);
+        let disk = Disk::open(&device, false, CacheMode::Writethrough, "disk0").unwrap();
+        // It stays until the disk is closed.
+        assert!(Command::new("losetup").arg("-d").arg(&device).status().unwrap().success());
+        Ok((disk, backing))
+    }
+
+    /// What is said to be stable is in the memory behind the device, and what is there was not said to have failed once
+    /// nothing fails any more.
+    #[test]
+    fn each_durable_write_is_told_of_itself() {
+        for aio in [Aio::Threads, Aio::IoUring] {
+            for round in 1..=40_u8 {
+                let (disk, backing) = match half_broken() {
+                    Ok(found) => found,
+                    Err(reason) => return println!("SKIPPED block::witness: no loop device here: {reason}"),
+                };
+                let memory = memory(1 << 16);
+                memory.write_slice(&[round; BLOCK as usize], GuestAddress(at(0))).unwrap();
+                let mut engine = aio.start(Arc::new(disk), "test-io").unwrap();
+                let mut write = |blocks: &mut dyn Iterator<Item = u64>| {
+                    let mut count = 0;
+                    for block in blocks {
+                        let segments = [(0, BLOCK as usize)];
+                        let kind = OpKind::Write { durable: true };
+                        engine.push(op(kind, block * BLOCK, &segments, &memory), block as u16);
+                        count += 1;
+                    }
+                    engine.submit();
+                    await_completions(&mut *engine, count)
+                };
+                // Good and bad in turn.
+                let mixed = write(&mut (0..BLOCKS).map(|n| n / 2 + n % 2 * BLOCKS / 2));
+                let mut failed = 0;
+                for done in mixed {
+                    if done.result.is_err() {
+                        failed += 1;
+                        continue;
+                    }
+                    let mut seen = [0; BLOCK as usize];
+                    let count = backing.read_at(&mut seen, done.op.offset).unwrap();
+                    assert!(count == seen.len() && seen == [round; _], "{aio:?}: block {} is lost", done.tag);
+                }
+                assert!(failed >= BLOCKS / 2, "{aio:?}: {failed} failed");
+                let good = write(&mut (0..BLOCKS / 2));
+                assert!(good.iter().all(|done| done.result.is_ok()), "{aio:?}: told of what is over");
+            }
+        }
+    }
+}
