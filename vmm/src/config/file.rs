@@ -427,7 +427,7 @@ mod tests {
     }
 
     prop_compose! {
-        fn any_limits()(rates in proptest::array::uniform6(0..3_u64), burst in 0..=60_000_u64) -> Option<Limits> {
+        fn any_limits()(rates in proptest::array::uniform6(0..3_u64), burst in 2..=60_000_u64) -> Option<Limits> {
             let rate = |at: usize, unit: u64| NonZeroU64::new(rates[at] * unit);
             let rates = |at, unit| Rates { total: rate(at, unit), read: rate(at + 1, unit), write: rate(at + 2, unit) };
             let (requests, bytes) = (rates(0, 500), rates(3, 3 << 10));

@@ -478,7 +478,7 @@ mod tests {
         let one = limits("x,bps-rd=1M").unwrap().unwrap();
         assert_eq!((one.bytes.read, one.burst), (NonZeroU64::new(1 << 20), Duration::from_millis(100)));
         assert_eq!((one.requests, one.bytes.total, one.bytes.write), (Rates::default(), None, None));
-        assert_eq!(limits("x,iops=5,burst=0ms").unwrap().unwrap().burst, Duration::ZERO);
+        assert_eq!(limits("x,iops=5,burst=2ms").unwrap().unwrap().burst, Duration::from_millis(2));
         let (number, time) =
             ("not a number of requests a second; write it like 500", "not a time; write it like 100ms or 2s");
         for (setting, complaint) in [
@@ -492,6 +492,7 @@ mod tests {
             ("bps-rd=1MB", "not a size; write it like 512M or 2G (units: K, M, G, T)"),
             ("iops=5,burst=2", time),
             ("iops=5,burst=-1s", time),
+            ("iops=5,burst=1ms", "2ms is the least; with less a disk would not get the whole of its limits"),
             ("iops=5,burst=61s", "a minute is the most"),
             ("burst=2s", "there is no limit it could go with; add one, such as bps=50M"),
         ] {

@@ -4,6 +4,7 @@
 use std::num::{NonZeroU64, NonZeroUsize};
 use std::time::Duration;
 
+use block::throttle::LEAST_BURST;
 use devices::virtio::blk::{LONGEST_POLL, MAX_QUEUES, QUEUE_SIZE, QUEUE_SIZES};
 
 use crate::layout;
@@ -129,7 +130,7 @@ pub(super) fn bps(text: &str) -> Result<NonZeroU64, String> {
     NonZeroU64::new(bytes).ok_or_else(|| "at least 1K a second; leave it out for no limit".to_owned())
 }
 
-/// A time such as `100ms` or `2s`, up to a minute.
+/// A time such as `100ms` or `2s`, from 2 ms up to a minute.
 pub(super) fn burst(text: &str) -> Result<Duration, String> {
     let unit = [("ms", 1), ("s", 1000)].into_iter().find_map(|unit| Some((text.strip_suffix(unit.0)?, unit.1)));
     let number = unit.and_then(|(number, scale)| Some((number.parse::<u32>().ok()?, scale)));
@@ -137,6 +138,9 @@ pub(super) fn burst(text: &str) -> Result<Duration, String> {
         return Err("not a time; write it like 100ms or 2s".to_owned());
     };
     let burst = Duration::from_millis(u64::from(number) * scale);
+    if burst < LEAST_BURST {
+        return Err("2ms is the least; with less a disk would not get the whole of its limits".to_owned());
+    }
     if burst > Duration::from_secs(60) { Err("a minute is the most".to_owned()) } else { Ok(burst) }
 }
 
