@@ -9,6 +9,8 @@ use virtio_bindings::virtio_net::{
 
 use super::backend::{HEADER, Offloads};
 use super::buffers::Buffers;
+use super::filter::JUDGED;
+use super::settings::Settings;
 use super::statistics::DropReason;
 
 /// Offsets in the header.
@@ -28,7 +30,7 @@ pub(super) const GUEST_FEATURES: [(u32, Offloads); 7] = [
 ];
 
 /// What a driver takes, by the features it accepted.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Rules {
     /// A frame may be in several chains.
     pub(super) mergeable: bool,
@@ -70,11 +72,15 @@ impl Rules {
 /// Completes the header of `frame`, which is in `spread` chains.
 ///
 /// # Errors
-/// If the driver did not agree to get such a frame: one that waited in the host since before it said so.
-pub(super) fn finish(frame: &Buffers<'_>, spread: u16, rules: Rules) -> Result<(), DropReason> {
-    let mut start = [0; HEADER];
-    frame.get(0, &mut start);
-    if !rules.takes(start[FLAGS], start[GSO_TYPE]) {
+/// If the driver does not want such a frame, or did not agree to get one: it waited in the host since before.
+pub(super) fn finish(frame: &Buffers<'_>, spread: u16, settings: &Settings) -> Result<(), DropReason> {
+    let (mut header, mut start, rules) = ([0; HEADER], [0; JUDGED], settings.rules);
+    frame.get(0, &mut header);
+    frame.get(HEADER, &mut start);
+    if !settings.filter.takes(&start) {
+        return Err(DropReason::Filtered);
+    }
+    if !rules.takes(header[FLAGS], header[GSO_TYPE]) {
         return Err(DropReason::Offload);
     }
     if !rules.offloads.contains(Offloads::CSUM) {

@@ -4,19 +4,26 @@
 use std::io;
 use std::ops::RangeInclusive;
 use std::sync::{Arc, Mutex};
+use std::time::Instant;
 
 use thiserror::Error;
 use virtio_bindings::virtio_ids::VIRTIO_ID_NET;
 use virtio_bindings::virtio_net::{
-    VIRTIO_NET_F_CSUM, VIRTIO_NET_F_HOST_ECN, VIRTIO_NET_F_HOST_TSO4, VIRTIO_NET_F_HOST_TSO6, VIRTIO_NET_F_HOST_UFO,
-    VIRTIO_NET_F_HOST_USO, VIRTIO_NET_F_MAC, VIRTIO_NET_F_MRG_RXBUF, VIRTIO_NET_F_MTU, VIRTIO_NET_F_STATUS,
+    VIRTIO_NET_F_CSUM, VIRTIO_NET_F_CTRL_GUEST_OFFLOADS, VIRTIO_NET_F_CTRL_MAC_ADDR, VIRTIO_NET_F_CTRL_RX,
+    VIRTIO_NET_F_CTRL_RX_EXTRA, VIRTIO_NET_F_CTRL_VLAN, VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_HOST_ECN,
+    VIRTIO_NET_F_HOST_TSO4, VIRTIO_NET_F_HOST_TSO6, VIRTIO_NET_F_HOST_UFO, VIRTIO_NET_F_HOST_USO, VIRTIO_NET_F_MAC,
+    VIRTIO_NET_F_MQ, VIRTIO_NET_F_MRG_RXBUF, VIRTIO_NET_F_MTU, VIRTIO_NET_F_STATUS,
 };
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use self::backend::{Backend, Offloads};
 use self::config::Config;
+use self::filter::Filter;
+use self::gate::Limited;
+pub use self::gate::Limits;
 use self::header::{GUEST_FEATURES, Rules};
 use self::link::Link;
+use self::settings::{Settings, Shared};
 use self::statistics::Statistics;
 use self::worker::{Context, PairWorker};
 use super::device::{ActivateError, Activation, ActiveQueue, VirtioDevice};
@@ -27,9 +34,13 @@ use crate::worker::Worker;
 pub mod backend;
 pub mod buffers;
 mod config;
+mod control;
+mod filter;
+mod gate;
 mod header;
 mod link;
 mod rx;
+mod settings;
 pub mod statistics;
 pub mod tap;
 mod tx;
@@ -68,6 +79,8 @@ pub struct NetOptions {
     pub mtu: Option<u16>,
     /// Entries of each queue, at most: one of [`QUEUE_SIZES`].
     pub queue_size: u16,
+    /// What it may do at most.
+    pub limits: Limits,
     /// Where its frames are counted.
     pub statistics: Arc<Statistics>,
 }
@@ -81,6 +94,8 @@ enum Broken {
     Buffer(u16),
     #[error("the chain at descriptor {0} is shorter than a header")]
     Short(u16),
+    #[error("the command at descriptor {0} has no place for an answer")]
+    NoAnswer(u16),
     #[error("it cannot wait for events: {0}")]
     Host(#[from] io::Error),
 }
@@ -89,9 +104,12 @@ enum Broken {
 pub struct Net {
     backend: Arc<Backend>,
     options: NetOptions,
-    /// One size a queue, all the same.
+    /// One size a queue, all the same; the last is the control queue.
     queue_sizes: Vec<u16>,
     link: Arc<Link>,
+    limited: Limited,
+    /// What the driver set, while the device is active.
+    shared: Option<Arc<Shared>>,
     workers: Vec<Worker<()>>,
     /// Across resets, for a guest can reset as often as it likes.
     log: Arc<Mutex<LogLimit>>,
@@ -101,7 +119,9 @@ impl Net {
     /// A device whose frames go to `backend`, which may be given to a later machine's again.
     pub fn new(backend: Arc<Backend>, options: NetOptions) -> Self {
         Self {
-            queue_sizes: vec![options.queue_size; 2 * usize::from(backend.pairs())],
+            queue_sizes: vec![options.queue_size; 2 * usize::from(backend.pairs()) + 1],
+            limited: options.limits.throttle(Instant::now()),
+            shared: None,
             backend,
             options,
             link: Arc::default(),
@@ -112,40 +132,59 @@ impl Net {
 
     /// Gives each pair that the driver enabled a worker.
     fn start(&mut self, activation: Activation) -> io::Result<()> {
-        let rules = Rules::new(activation.features);
-        if let Err(error) = self.backend.port(0).set_offloads(rules.offloads) {
-            // What the driver did not agree to is dropped before it gets there.
-            tracing::warn!("net {}: the host does not change its offloads: {error}", self.options.id);
-        }
+        let Activation { memory, features, queues, interrupt } = activation;
+        let (pairs, control) = self.sort(features, queues);
+        let settings = Settings {
+            rules: Rules::new(features),
+            filter: Filter::new(self.options.mac, features >> VIRTIO_NET_F_CTRL_VLAN & 1 == 1),
+            pairs: 1,
+        };
+        let shared = Arc::new(Shared::new(settings, pairs.len() as u16)?);
+        self.shared = Some(shared.clone());
         let context = Context {
             id: self.options.id.clone(),
-            memory: activation.memory,
-            interrupt: activation.interrupt,
+            memory,
+            interrupt,
             log: self.log.clone(),
-            rules,
+            backend: self.backend.clone(),
+            features,
+            shared,
             link: self.link.clone(),
+            limited: self.limited.clone(),
             halt: Arc::new(EventFd::new(EFD_NONBLOCK)?),
         };
-        let mut queues = activation.queues.into_iter().peekable();
-        for pair in 0..self.backend.pairs() {
-            let mut take = |index| queues.next_if(|queue: &ActiveQueue| queue.index == index);
-            let both = [take(2 * pair), take(2 * pair + 1)];
-            if both.iter().any(Option::is_some) {
-                self.start_pair(pair, both, context.clone())?;
-            }
+        let mut control = control;
+        for (pair, queues) in (0..).zip(pairs) {
+            let counts = self.options.statistics.pair(pair.into());
+            let worker = PairWorker::new(context.clone(), pair, queues, control.take(), counts)?;
+            let (name, backend) = (format!("net{}-q{pair}", self.options.number), self.backend.clone());
+            let body = move |stop: EventFd| worker.run(backend.port(pair).as_mut(), &stop);
+            self.workers.push(Worker::spawn(&name, body)?);
         }
         Ok(())
     }
 
-    fn start_pair(&mut self, pair: u16, queues: [Option<ActiveQueue>; 2], context: Context) -> io::Result<()> {
-        let counts = self.options.statistics.pair(pair.into());
-        let worker = PairWorker::new(context, pair, queues, counts)?;
-        let (name, backend) = (format!("net{}-q{pair}", self.options.number), self.backend.clone());
-        let body = move |stop: EventFd| worker.run(backend.port(pair).as_mut(), &stop);
-        self.workers.push(Worker::spawn(&name, body)?);
-        Ok(())
+    /// The queues of each pair, and the control queue (5.1.2), as far as the driver enabled them. The pairs before the last that
+    /// it enabled a queue of are all there; the first always is.
+    fn sort(&self, features: u64, queues: Vec<ActiveQueue>) -> (Vec<Pair>, Option<ActiveQueue>) {
+        let agreed = |feature: u32| features >> feature & 1 == 1;
+        let most = if agreed(VIRTIO_NET_F_MQ) { self.backend.pairs() } else { 1 };
+        let (mut pairs, mut control) = (vec![Pair::default()], None);
+        for queue in queues {
+            let (pair, side) = (usize::from(queue.index / 2), usize::from(queue.index % 2));
+            if queue.index == 2 * most {
+                control = Some(queue).filter(|_| agreed(VIRTIO_NET_F_CTRL_VQ));
+            } else if queue.index < 2 * most {
+                pairs.resize_with(pairs.len().max(pair + 1), Pair::default);
+                pairs[pair][side] = Some(queue);
+            }
+        }
+        (pairs, control)
     }
 }
+
+/// The receive and the transmit queue of a pair, if the driver enabled them.
+type Pair = [Option<ActiveQueue>; 2];
 
 impl VirtioDevice for Net {
     fn device_type(&self) -> u32 {
@@ -159,6 +198,13 @@ impl VirtioDevice for Net {
             (VIRTIO_NET_F_MTU, self.options.mtu.is_some()),
             (VIRTIO_NET_F_MRG_RXBUF, true),
             (VIRTIO_NET_F_STATUS, true),
+            (VIRTIO_NET_F_CTRL_VQ, true),
+            (VIRTIO_NET_F_CTRL_RX, true),
+            (VIRTIO_NET_F_CTRL_RX_EXTRA, true),
+            (VIRTIO_NET_F_CTRL_VLAN, true),
+            (VIRTIO_NET_F_CTRL_MAC_ADDR, true),
+            (VIRTIO_NET_F_CTRL_GUEST_OFFLOADS, done.contains(Offloads::CSUM)),
+            (VIRTIO_NET_F_MQ, self.backend.pairs() > 1),
         ];
         let offloads = HOST_FEATURES.iter().chain(&GUEST_FEATURES);
         let offloads = offloads.map(|(feature, offload)| (*feature, done.contains(*offload | Offloads::CSUM)));
@@ -171,7 +217,7 @@ impl VirtioDevice for Net {
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
         let config = Config {
-            mac: self.options.mac,
+            mac: self.shared.as_ref().map_or(self.options.mac, |shared| shared.current().filter.own),
             link_up: self.link.is_up(),
             pairs: self.backend.pairs(),
             mtu: self.options.mtu,
@@ -197,6 +243,7 @@ impl VirtioDevice for Net {
         self.workers.iter().for_each(Worker::ask);
         self.workers.drain(..).for_each(Worker::stop);
         self.link.reset();
+        self.shared = None;
     }
 }
 

@@ -9,6 +9,7 @@ use super::Broken;
 use super::backend::{Failure, HEADER, LARGEST_FRAME, Port};
 use super::buffers::{BufferList, MAX_IOVECS};
 use super::header::{self, Rules};
+use super::settings::Settings;
 use super::statistics::{Counts, DropReason};
 use crate::virtio::queue::{Chain, Virtqueue};
 
@@ -18,8 +19,10 @@ const ROOM: usize = HEADER + LARGEST_FRAME + 1;
 /// What became of a look for one frame.
 #[derive(Debug)]
 pub(super) enum Received {
-    /// The guest has it, once the queue is published; or it was dropped, and counted.
-    Frame,
+    /// The guest has one of so many bytes, without its header, once the queue is published.
+    Frame(usize),
+    /// It was dropped, and counted.
+    Dropped,
     /// The port has none.
     Nothing,
     /// The guest gives no room for one.
@@ -31,7 +34,7 @@ pub(super) enum Received {
 /// One receive queue.
 pub(super) struct Receiver {
     pub(super) queue: Virtqueue,
-    rules: Rules,
+    mergeable: bool,
     chain: Chain,
     list: BufferList,
     /// Chains taken from the ring, whose buffers are in the list. At most one a buffer of a system call.
@@ -58,7 +61,7 @@ impl Receiver {
         let wanted = if rules.mergeable && rules.takes_segmented() { ROOM } else { HEADER + 4096 };
         Self {
             queue,
-            rules,
+            mergeable: rules.mergeable,
             chain: Chain::default(),
             list: BufferList::new(memory, ROOM),
             ready: VecDeque::new(),
@@ -69,21 +72,26 @@ impl Receiver {
     }
 
     /// Takes a frame from `port`, if there is one and room for it.
-    pub(super) fn receive(&mut self, port: &mut dyn Port, counts: &Counts) -> Result<Received, Broken> {
+    pub(super) fn receive(
+        &mut self,
+        port: &mut dyn Port,
+        settings: &Settings,
+        counts: &Counts,
+    ) -> Result<Received, Broken> {
         if self.spilled.is_some() {
-            return self.place_spilled(counts);
+            return self.place_spilled(settings, counts);
         }
         self.gather(self.wanted)?;
         let Some(first) = self.ready.front() else { return Ok(Received::NoRoom) };
-        let buffers = if self.rules.mergeable { self.list.count() } else { first.buffers };
+        let buffers = if self.mergeable { self.list.count() } else { first.buffers };
         let (result, held) = self.list.fill(buffers, |room| port.receive(room));
         match result {
             Ok(bytes) if !(HEADER..ROOM).contains(&bytes) => Ok(dropped(counts, DropReason::Length)),
-            Ok(bytes) if bytes <= held => Ok(self.deliver(bytes, counts)),
-            Ok(_) if !self.rules.mergeable => Ok(dropped(counts, DropReason::NoBuffer)),
+            Ok(bytes) if bytes <= held => Ok(self.deliver(bytes, settings, counts)),
+            Ok(_) if !self.mergeable => Ok(dropped(counts, DropReason::NoBuffer)),
             Ok(bytes) => {
                 self.spilled = Some((bytes, held));
-                self.place_spilled(counts)
+                self.place_spilled(settings, counts)
             }
             Err(Failure::NotNow) => Ok(Received::Nothing),
             Err(Failure::Frame(_)) => Ok(dropped(counts, DropReason::Host)),
@@ -119,13 +127,13 @@ impl Receiver {
     }
 
     /// Copies the end of a frame from the spill, as soon as there is enough room for it.
-    fn place_spilled(&mut self, counts: &Counts) -> Result<Received, Broken> {
+    fn place_spilled(&mut self, settings: &Settings, counts: &Counts) -> Result<Received, Broken> {
         let Some((bytes, held)) = self.spilled else { return Ok(Received::Nothing) };
         self.gather(bytes)?;
         if self.len >= bytes {
             self.spilled = None;
             self.list.unspill(held, bytes - held);
-            return Ok(self.deliver(bytes, counts));
+            return Ok(self.deliver(bytes, settings, counts));
         }
         // When the driver has nothing more to give, this frame would wait for ever.
         if self.ready.len() < self.queue.size().into() && self.list.count() < MAX_IOVECS {
@@ -136,7 +144,7 @@ impl Receiver {
     }
 
     /// Gives the frame in the first `bytes` of the buffers to the driver, if it may have it.
-    fn deliver(&mut self, bytes: usize, counts: &Counts) -> Received {
+    fn deliver(&mut self, bytes: usize, settings: &Settings, counts: &Counts) -> Received {
         let mut spread = 0;
         let mut room = 0;
         while room < bytes {
@@ -145,7 +153,7 @@ impl Receiver {
         }
         let buffers = self.ready.iter().take(spread).map(|ready| ready.buffers).sum();
         let frame = self.list.first(buffers);
-        if let Err(reason) = header::finish(&frame, spread as u16, self.rules) {
+        if let Err(reason) = header::finish(&frame, spread as u16, settings) {
             return dropped(counts, reason);
         }
         let mut left = bytes;
@@ -157,12 +165,12 @@ impl Receiver {
         }
         self.list.pop_front(buffers);
         counts.passed(bytes - HEADER);
-        Received::Frame
+        Received::Frame(bytes - HEADER)
     }
 }
 
 /// A frame was dropped; its buffers, if it got any, are for the next one.
 fn dropped(counts: &Counts, reason: DropReason) -> Received {
     counts.dropped(reason);
-    Received::Frame
+    Received::Dropped
 }

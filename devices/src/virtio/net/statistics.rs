@@ -13,6 +13,8 @@ pub enum DropReason {
     NoBuffer,
     /// It needs what the driver did not agree to do.
     Offload,
+    /// The driver filters it out.
+    Filtered,
     /// The host refused it, as it does for a header that contradicts the frame.
     Host,
     /// The link was down.
@@ -21,7 +23,8 @@ pub enum DropReason {
 
 impl DropReason {
     /// All of them, in the order of a snapshot's array.
-    pub const ALL: [Self; DROPS] = [Self::Length, Self::NoBuffer, Self::Offload, Self::Host, Self::Link];
+    pub const ALL: [Self; DROPS] =
+        [Self::Length, Self::NoBuffer, Self::Offload, Self::Filtered, Self::Host, Self::Link];
 
     /// Its name in reports.
     pub fn name(self) -> &'static str {
@@ -29,6 +32,7 @@ impl DropReason {
             Self::Length => "length",
             Self::NoBuffer => "no-buffer",
             Self::Offload => "offload",
+            Self::Filtered => "filtered",
             Self::Host => "host",
             Self::Link => "link-down",
         }
@@ -36,7 +40,7 @@ impl DropReason {
 }
 
 /// How many reasons there are.
-pub const DROPS: usize = 5;
+pub const DROPS: usize = 6;
 
 /// One queue's numbers.
 #[derive(Debug, Default)]

@@ -17,8 +17,10 @@ const ETHERNET: usize = 14;
 /// What became of a look for one frame.
 #[derive(Debug)]
 pub(super) enum Sent {
-    /// The port has it, or it was dropped, and counted.
-    Frame,
+    /// The port has one of so many bytes, without its header.
+    Frame(usize),
+    /// It was dropped, and counted.
+    Dropped,
     /// The driver has none.
     Nothing,
     /// The port takes none just now.
@@ -47,20 +49,26 @@ impl Sender {
             return Ok(Sent::Nothing);
         }
         // Taken and dropped already.
-        let Some((head, bytes)) = self.pending else { return Ok(Sent::Frame) };
+        let Some((head, bytes)) = self.pending else { return Ok(Sent::Dropped) };
         let Some(port) = port else {
             counts.dropped(DropReason::Link);
             self.finish(head);
-            return Ok(Sent::Frame);
+            return Ok(Sent::Dropped);
         };
-        match port.send(&self.list.first(self.list.count())) {
-            Ok(()) => counts.passed(bytes),
+        let sent = match port.send(&self.list.first(self.list.count())) {
+            Ok(()) => {
+                counts.passed(bytes);
+                Sent::Frame(bytes)
+            }
             Err(Failure::NotNow) => return Ok(Sent::Blocked),
-            Err(Failure::Frame(_)) => counts.dropped(DropReason::Host),
             Err(Failure::Lost(error)) => return Ok(Sent::Lost(error)),
-        }
+            Err(Failure::Frame(_)) => {
+                counts.dropped(DropReason::Host);
+                Sent::Dropped
+            }
+        };
         self.finish(head);
-        Ok(Sent::Frame)
+        Ok(sent)
     }
 
     /// Takes the next chain; `false` if there is none. What cannot be a frame is dropped.

@@ -6,15 +6,18 @@ use std::os::fd::AsRawFd;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use block::throttle::Direction;
 use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::Broken;
-use super::backend::{Failure, Port};
-use super::header::Rules;
+use super::backend::{Backend, Failure, Port};
+use super::control::Control;
+use super::gate::{Gate, Limited};
 use super::link::Link;
 use super::rx::{Received, Receiver};
+use super::settings::{Copy, Shared};
 use super::statistics::{Counts, PairCounts};
 use super::tx::{Sender, Sent};
 use crate::log_limit::LogLimit;
@@ -38,6 +41,8 @@ const FRAMES: u64 = 1;
 const PORT: u64 = 2;
 /// Why the worker wakes: it is to stop.
 const STOP: u64 = 3;
+/// Why the worker wakes: the driver has a command, or settings changed.
+const SETTINGS: u64 = 4;
 
 /// What a worker needs besides its queues and its port; the same for all pairs of an interface.
 #[derive(Clone)]
@@ -46,8 +51,12 @@ pub(super) struct Context {
     pub(super) memory: Arc<GuestMemoryMmap>,
     pub(super) interrupt: Arc<dyn Interrupt>,
     pub(super) log: Arc<Mutex<LogLimit>>,
-    pub(super) rules: Rules,
+    pub(super) backend: Arc<Backend>,
+    /// What the driver accepted.
+    pub(super) features: u64,
+    pub(super) shared: Arc<Shared>,
     pub(super) link: Arc<Link>,
+    pub(super) limited: Limited,
     /// Readable when one queue is broken: all queues of the device stop then.
     pub(super) halt: Arc<EventFd>,
 }
@@ -60,6 +69,8 @@ pub(super) struct PairWorker {
     counts: Arc<PairCounts>,
     rx: Option<Side<Receiver>>,
     tx: Option<Side<Sender>>,
+    control: Option<Side<Control>>,
+    copy: Copy,
     /// The port passes nothing until it is back.
     lost: bool,
     /// When to look whether it is.
@@ -72,6 +83,7 @@ pub(super) struct PairWorker {
 struct Side<T> {
     index: u16,
     frames: T,
+    gate: Gate,
     /// Registered in the epoll instance, so it stays open as long.
     _kick: EventFd,
     /// The port took nothing when last asked.
@@ -87,19 +99,25 @@ impl PairWorker {
         context: Context,
         pair: u16,
         queues: [Option<ActiveQueue>; 2],
+        control: Option<ActiveQueue>,
         counts: Arc<PairCounts>,
     ) -> io::Result<Self> {
         let epoll = Epoll::new()?;
+        let (copy, memory, features) = (Copy::new(&context.shared), &context.memory, context.features);
+        let gate = |direction| Gate::new(context.limited.clone(), direction);
         let [rx, tx] = queues;
-        let rx = rx
-            .map(|queue| {
-                Side::new(&epoll, queue, ROOM, |queue| Receiver::new(queue, context.memory.clone(), context.rules))
-            })
-            .transpose()?;
-        let tx = tx
-            .map(|queue| Side::new(&epoll, queue, FRAMES, |queue| Sender::new(queue, context.memory.clone())))
-            .transpose()?;
-        Ok(Self { context, pair, epoll, counts, rx, tx, lost: false, next_look: Instant::now(), watched: None })
+        let receiver = |queue| Receiver::new(queue, memory.clone(), copy.settings.rules);
+        let rx = rx.map(|queue| Side::new(&epoll, queue, ROOM, gate(Direction::Read), receiver)).transpose()?;
+        let sender = |queue| Sender::new(queue, memory.clone());
+        let tx = tx.map(|queue| Side::new(&epoll, queue, FRAMES, gate(Direction::Write), sender)).transpose()?;
+        let commands = |queue| Control::new(queue, memory.clone(), features);
+        let unlimited = Gate::new(None, Direction::Write);
+        let control = control.map(|queue| Side::new(&epoll, queue, SETTINGS, unlimited, commands)).transpose()?;
+        let edge = EventSet::IN | EventSet::EDGE_TRIGGERED;
+        watch(&epoll, context.shared.changed(), edge, SETTINGS)?;
+        watch(&epoll, context.shared.seen(), edge, SETTINGS)?;
+        let next_look = Instant::now();
+        Ok(Self { context, pair, epoll, counts, rx, tx, control, copy, lost: false, next_look, watched: None })
     }
 
     /// The body of the thread. Ends when `stop` is readable or the driver breaks a queue of the device. Nothing is in flight
@@ -117,9 +135,7 @@ impl PairWorker {
     fn serve(&mut self, port: &mut dyn Port, stop: &EventFd) -> Result<(), Broken> {
         watch(&self.epoll, stop, EventSet::IN, STOP)?;
         watch(&self.epoll, &self.context.halt, EventSet::IN, STOP)?;
-        if !port.is_up() {
-            self.lose("it is down");
-        }
+        self.set_up(port);
         loop {
             let mut busy = true;
             for _ in 0..BUSY_ROUNDS {
@@ -139,17 +155,66 @@ impl PairWorker {
         }
     }
 
-    /// Moves a batch of frames each way; `false` if there was none.
+    /// Tells the host what the driver begins with: no other thread does, for the host may take its time.
+    fn set_up(&mut self, port: &mut dyn Port) {
+        if self.pair == 0 {
+            let backend = self.context.backend.clone();
+            for idle in self.context.shared.workers()..backend.pairs() {
+                self.take_part(backend.port(idle).as_mut(), false);
+            }
+            if let Err(error) = port.set_offloads(self.copy.settings.rules.offloads) {
+                // What the driver did not agree to does not reach it.
+                self.log(format_args!("the host does not change its offloads: {error}"));
+            }
+        }
+        self.take_part(port, self.pair < self.copy.settings.pairs);
+        if !port.is_up() {
+            self.lose("it is down");
+        }
+    }
+
+    fn take_part(&self, port: &mut dyn Port, enabled: bool) {
+        if let Err(error) = port.set_enabled(enabled) {
+            let what = if enabled { "does not take part" } else { "takes part though it should not" };
+            self.log(format_args!("a queue of the host {what}: {error}"));
+        }
+    }
+
+    /// Moves a batch of frames each way and carries a command out; `false` if there was none.
     fn round(&mut self, port: &mut dyn Port) -> Result<bool, Broken> {
-        Ok(self.receive(port)? | self.send(port)?)
+        if self.copy.renew(&self.context.shared) {
+            self.take_part(port, self.pair < self.copy.settings.pairs);
+            if self.control.is_none() {
+                self.context.shared.acknowledge();
+            }
+        }
+        Ok(self.receive(port)? | self.send(port)? | self.obey(port)?)
+    }
+
+    /// Carries out the next command of the driver.
+    fn obey(&mut self, port: &mut dyn Port) -> Result<bool, Broken> {
+        let Some(control) = &mut self.control else { return Ok(false) };
+        let any = control.frames.serve(port, &self.context.shared)?;
+        if control.frames.queue.publish() {
+            self.context.interrupt.queue(control.index);
+        }
+        Ok(any)
     }
 
     fn receive(&mut self, port: &mut dyn Port) -> Result<bool, Broken> {
-        let Some(rx) = self.rx.as_mut().filter(|_| !self.lost) else { return Ok(false) };
+        let active = !self.lost && self.pair < self.copy.settings.pairs;
+        let Some(rx) = self.rx.as_mut().filter(|_| active) else { return Ok(false) };
         let (mut any, mut lost) = (false, None);
         for _ in 0..BATCH {
-            match rx.frames.receive(port, &self.counts.rx)? {
-                Received::Frame => any = true,
+            if !rx.gate.is_open() {
+                break;
+            }
+            match rx.frames.receive(port, &self.copy.settings, &self.counts.rx)? {
+                Received::Frame(bytes) => {
+                    rx.gate.passed(bytes);
+                    any = true;
+                }
+                Received::Dropped => any = true,
                 Received::Nothing | Received::NoRoom => break,
                 Received::Lost(error) => {
                     lost = Some(error);
@@ -169,9 +234,16 @@ impl PairWorker {
         let (mut any, mut lost) = (false, None);
         tx.blocked = false;
         for _ in 0..BATCH {
+            if !tx.gate.is_open() {
+                break;
+            }
             let port: Option<&mut dyn Port> = if self.lost { None } else { Some(&mut *port) };
             match tx.frames.send(port, &self.counts.tx)? {
-                Sent::Frame => any = true,
+                Sent::Frame(bytes) => {
+                    tx.gate.passed(bytes);
+                    any = true;
+                }
+                Sent::Dropped => any = true,
                 Sent::Nothing => break,
                 Sent::Blocked => {
                     tx.blocked = true;
@@ -204,8 +276,12 @@ impl PairWorker {
         // What the driver gives is of no use while the port blocks it, or there is enough.
         let room = self.rx.as_mut().filter(|rx| rx.frames.lacks_room());
         let room = room.is_some_and(|rx| rx.frames.queue.enable_notification());
-        let frames = self.tx.as_mut().filter(|tx| !tx.blocked);
-        room | frames.is_some_and(|tx| tx.frames.queue.enable_notification())
+        let frames = self.tx.as_mut().filter(|tx| !tx.blocked && tx.gate.patience().is_none());
+        let frames = frames.is_some_and(|tx| tx.frames.queue.enable_notification());
+        // A command that waits for the other workers is answered before the next one is looked at.
+        let control = self.control.as_mut().filter(|control| !control.frames.is_waiting());
+        let commands = control.is_some_and(|control| control.frames.queue.enable_notification());
+        room | frames | commands
     }
 
     fn disable_notification(&mut self) {
@@ -215,12 +291,17 @@ impl PairWorker {
         if let Some(tx) = &mut self.tx {
             tx.frames.queue.disable_notification();
         }
+        if let Some(control) = &mut self.control {
+            control.frames.queue.disable_notification();
+        }
     }
 
     /// Watches the port for what there is a use for.
     fn watch_port(&mut self, port: &mut dyn Port) -> io::Result<()> {
         let mut set = EventSet::EDGE_TRIGGERED;
-        set.set(EventSet::IN, self.rx.as_ref().is_some_and(|rx| !rx.frames.lacks_room()));
+        let active = self.pair < self.copy.settings.pairs;
+        let receives = |rx: &Side<Receiver>| active && !rx.frames.lacks_room() && rx.gate.patience().is_none();
+        set.set(EventSet::IN, self.rx.as_ref().is_some_and(receives));
         set.set(EventSet::OUT, self.tx.as_ref().is_some_and(|tx| tx.blocked));
         let wanted = Some(set).filter(|_| !self.lost);
         if wanted == self.watched {
@@ -269,14 +350,17 @@ impl PairWorker {
         }
     }
 
+    /// Milliseconds until a limit lets a frame pass, or a lost port is looked for; -1 if neither.
+    fn patience(&self) -> i32 {
+        let gates = [self.rx.as_ref().map(|rx| &rx.gate), self.tx.as_ref().map(|tx| &tx.gate)];
+        let gates = gates.into_iter().flatten().filter_map(Gate::patience);
+        gates.chain(self.lost.then_some(LOOK)).min().map_or(-1, millis)
+    }
+
     /// Sleeps until there may be something to do, or not at all if `awake`; `true` if it is to stop.
     fn sleep(&mut self, awake: bool) -> Result<bool, Broken> {
-        let patience = match (awake, self.lost) {
-            (true, _) => 0,
-            (false, true) => LOOK.as_millis() as i32,
-            (false, false) => -1,
-        };
-        let mut events = [EpollEvent::default(); 5];
+        let patience = if awake { 0 } else { self.patience() };
+        let mut events = [EpollEvent::default(); 8];
         match self.epoll.wait(patience, &mut events) {
             Ok(count) => {
                 let woke = |why| events.iter().take(count).any(|event| event.data() == why);
@@ -294,6 +378,11 @@ impl PairWorker {
     }
 }
 
+/// Milliseconds, rounded up.
+fn millis(duration: Duration) -> i32 {
+    i32::try_from(duration.as_nanos().div_ceil(1_000_000)).unwrap_or(i32::MAX)
+}
+
 /// Shows the driver what was used since the last time, with one interrupt if it wants one.
 fn tell(queue: &mut Virtqueue, index: u16, counts: &Counts, context: &Context) {
     if queue.publish() {
@@ -307,10 +396,16 @@ fn watch(epoll: &Epoll, event: &EventFd, set: EventSet, why: u64) -> io::Result<
 }
 
 impl<T> Side<T> {
-    fn new(epoll: &Epoll, active: ActiveQueue, why: u64, frames: impl FnOnce(Virtqueue) -> T) -> io::Result<Self> {
+    fn new(
+        epoll: &Epoll,
+        active: ActiveQueue,
+        why: u64,
+        gate: Gate,
+        frames: impl FnOnce(Virtqueue) -> T,
+    ) -> io::Result<Self> {
         let ActiveQueue { index, queue, kick } = active;
         // Edge-triggered, so nobody need read it: every write of it wakes, and waking is all it is for.
         watch(epoll, &kick, EventSet::IN | EventSet::EDGE_TRIGGERED, why)?;
-        Ok(Self { index, frames: frames(queue), _kick: kick, blocked: false })
+        Ok(Self { index, frames: frames(queue), gate, _kick: kick, blocked: false })
     }
 }

@@ -12,12 +12,13 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 use super::backend::{Failure, HEADER, Port};
 use super::buffers::Buffers;
-use super::statistics::{DropReason, PairSnapshot};
+use super::statistics::{DROPS, DropReason, PairSnapshot};
 use super::*;
 use crate::virtio::device::Interrupt;
 use crate::virtio::driver::{Driver, readable, writable};
 use crate::virtio::queue::{Segment, Virtqueue};
 
+mod control;
 mod link;
 mod receive;
 
@@ -25,6 +26,7 @@ mod receive;
 const GUEST_CSUM: u64 = 1 << 1;
 const GUEST_TSO4: u64 = 1 << 7;
 const MRG_RXBUF: u64 = 1 << 15;
+const MQ: u64 = 1 << 22;
 
 const PLAIN: u64 = 1 << VIRTIO_F_VERSION_1 | 1 << VIRTIO_RING_F_INDIRECT_DESC;
 const EVENT_IDX: u64 = 1 << VIRTIO_RING_F_EVENT_IDX;
@@ -45,11 +47,14 @@ const UNTOUCHED: u8 = 0xaa;
 struct Ends {
     down: AtomicBool,
     offloads: AtomicU8,
+    /// A bit a port that takes part.
+    enabled: AtomicU8,
 }
 
 /// The device's end of a pair of sockets that keep frames apart.
 struct SocketPort {
     socket: UnixDatagram,
+    number: u8,
     ends: Arc<Ends>,
 }
 
@@ -81,7 +86,13 @@ impl Port for SocketPort {
         self.ends.offloads.store(offloads.bits(), Ordering::SeqCst);
         Ok(())
     }
-    fn set_enabled(&mut self, _enabled: bool) -> io::Result<()> {
+    fn set_enabled(&mut self, enabled: bool) -> io::Result<()> {
+        let bit = 1 << self.number;
+        if enabled {
+            self.ends.enabled.fetch_or(bit, Ordering::SeqCst);
+        } else {
+            self.ends.enabled.fetch_and(!bit, Ordering::SeqCst);
+        }
         Ok(())
     }
     fn is_up(&mut self) -> bool {
@@ -157,6 +168,8 @@ struct Bench {
     lines: Arc<Lines>,
     hosts: Vec<UnixDatagram>,
     ends: Arc<Ends>,
+    /// Which queue is for commands.
+    control: usize,
     features: u64,
     statistics: Arc<Statistics>,
 }
@@ -173,11 +186,12 @@ impl Bench {
         let (ends, statistics) = (Arc::new(Ends::default()), Arc::new(Statistics::default()));
         let mut hosts = Vec::new();
         let mut ports: Vec<Box<dyn Port>> = Vec::new();
-        for _ in 0..pairs {
+        ends.enabled.store(0xff >> (8 - pairs), Ordering::SeqCst);
+        for number in 0..pairs {
             let (host, socket) = UnixDatagram::pair().unwrap();
             socket.set_nonblocking(true).unwrap();
             hosts.push(host);
-            ports.push(Box::new(SocketPort { socket, ends: ends.clone() }));
+            ports.push(Box::new(SocketPort { socket, number: number as u8, ends: ends.clone() }));
         }
         let options = NetOptions {
             number: 0,
@@ -185,6 +199,7 @@ impl Bench {
             mac: MAC,
             mtu: None,
             queue_size: QUEUE_SIZE,
+            limits: Limits::default(),
             statistics: statistics.clone(),
         };
         let net = Net::new(Arc::new(Backend::new(ports, Offloads::ALL)), options);
@@ -198,11 +213,12 @@ impl Bench {
         });
         let lines = Lines { queues: (0..count).map(|_| event()).collect(), config: event(), reset: event() };
         let (queues, lines) = (queues.collect(), Arc::new(lines));
-        Self { net, memory, queues, lines, hosts, ends, features, statistics }
+        let control = if features & MQ == 0 { 2 } else { 2 * usize::from(pairs) };
+        Self { net, memory, queues, lines, hosts, ends, control, features, statistics }
     }
 
     fn activate(&mut self) {
-        let queues = (0..).zip(&self.queues).map(|(index, queue)| ActiveQueue {
+        let queues = (0..).zip(&self.queues[..=self.control]).map(|(index, queue)| ActiveQueue {
             index,
             queue: Virtqueue::new(queue.driver.layout(), self.features, self.memory.clone()).unwrap(),
             kick: queue.kick.try_clone().unwrap(),
@@ -291,6 +307,6 @@ fn frames_go_out_whole_and_in_order() {
         }
         let counted = bench.counted();
         assert_eq!((counted.tx.frames, counted.tx.bytes), (60, 3 * (0..20).map(|at| 60 + 70 * at).sum::<u64>()));
-        assert_eq!(counted.tx.drops, [0; 5]);
+        assert_eq!(counted.tx.drops, [0; DROPS]);
     }
 }
