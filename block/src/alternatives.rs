@@ -1,7 +1,7 @@
 //! What would change a choice: the same pure function, asked about facts that are a little different. Plain values, on any
 //! thread.
 
-use crate::choose::{Choice, Wish, choose};
+use crate::choose::{Access, Choice, Wish, choose};
 use crate::direct::Alignment;
 use crate::disk::SECTOR_SIZE;
 use crate::extents::Blocks;
@@ -31,7 +31,7 @@ pub fn alternatives(facts: &Facts, wish: Wish, choice: &Choice) -> Vec<Alternati
 fn changes(facts: &Facts, wish: Wish) -> Vec<(String, Facts, Wish)> {
     let mut changes = vec![
         ("left to skiff (aio=auto, cache=auto)".to_owned(), facts.clone(), Wish { aio: None, cache: None, ..wish }),
-        ("with readonly=on".to_owned(), facts.clone(), Wish { readonly: true, ..wish }),
+        ("with readonly=on".to_owned(), facts.clone(), Wish { access: Access::Read, ..wish }),
     ];
     let mut change = |what: String, change: &dyn Fn(&mut Facts)| {
         let mut other = facts.clone();

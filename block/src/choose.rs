@@ -20,8 +20,35 @@ pub struct Wish {
     pub aio: Option<Aio>,
     /// The cache mode.
     pub cache: Option<CacheMode>,
-    /// Nothing is to be written.
-    pub readonly: bool,
+    /// What is done with the image.
+    pub access: Access,
+}
+
+/// What a disk does with its image.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Access {
+    /// The guest reads and writes it.
+    #[default]
+    Write,
+    /// The guest reads it, and may not write.
+    Read,
+    /// The guest reads it, and what it writes goes to a file of ours that nobody sees afterwards.
+    Snapshot,
+}
+
+impl Access {
+    /// Whether the image itself is written to.
+    pub fn writes(self) -> bool {
+        self == Self::Write
+    }
+}
+
+impl Wish {
+    /// How many engines a disk of that many `queues` needs at a time.
+    pub fn rings(self, queues: u16) -> u16 {
+        // The image has one, and what is written over it another.
+        if self.access == Access::Snapshot { queues * 2 } else { queues }
+    }
 }
 
 /// What a disk runs on, and why.
@@ -94,12 +121,18 @@ struct Case<'a> {
 
 use Aio::{IoUring, Native, Threads};
 
-/// The cache modes offered are those that promise the guest the same.
-const CACHES: [Rule<CacheMode>; 6] = [
+/// The cache modes offered are those that promise the guest the same, where anything is kept.
+const CACHES: [Rule<CacheMode>; 7] = [
     Rule {
         when: |it| it.wish.aio == Some(Native) && direct_works(it),
         choose: CacheMode::None,
         why: "aio=native is asynchronous only with O_DIRECT, which works here",
+    },
+    Rule {
+        when: |it| it.wish.access == Access::Snapshot,
+        choose: CacheMode::Unsafe,
+        why: "what is written to a snapshot is not kept, so there is nothing to make stable; and machines that share the \
+              image share its page cache",
     },
     Rule {
         when: |it| it.facts.nature() == Nature::Memory,
@@ -129,7 +162,7 @@ const CACHES: [Rule<CacheMode>; 6] = [
 ];
 
 /// Engines, best first. What the host lacks is passed over; `threads` is always there.
-const ENGINES: [Rule<&[Aio]>; 11] = [
+const ENGINES: [Rule<&[Aio]>; 12] = [
     Rule {
         when: |it| buffered(it) && it.facts.nature() == Nature::Memory,
         choose: &[IoUring, Threads],
@@ -158,6 +191,12 @@ const ENGINES: [Rule<&[Aio]>; 11] = [
               wait within io_submit",
     },
     Rule {
+        when: |it| it.wish.access == Access::Snapshot,
+        choose: &[IoUring, Native, Threads],
+        why: "what is written goes to a new file, which is all holes: linux-aio would wait for blocks within io_submit, which \
+              io_uring leaves to the kernel's threads",
+    },
+    Rule {
         when: |it| matches!(it.facts.kind, Kind::Device { .. }),
         choose: &[Native, IoUring, Threads],
         why: "a block device has nothing to allocate: io_submit does not wait, and linux-aio costs least",
@@ -168,7 +207,7 @@ const ENGINES: [Rule<&[Aio]>; 11] = [
         why: "every write goes to a new place: linux-aio would wait for it within io_submit",
     },
     Rule {
-        when: |it| it.wish.readonly,
+        when: |it| !it.wish.access.writes(),
         choose: &[Native, IoUring, Threads],
         why: "reading allocates nothing: io_submit does not wait, and linux-aio costs least",
     },
@@ -198,7 +237,7 @@ fn buffered(it: &Case) -> bool {
 /// The last block is not whole, and will be written.
 fn cuts_a_block(it: &Case) -> bool {
     let Direct::Works(alignment) = it.facts.direct else { return false };
-    !it.wish.readonly && !it.facts.size.is_multiple_of(alignment.block)
+    it.wish.access.writes() && !it.facts.size.is_multiple_of(alignment.block)
 }
 
 fn direct_works(it: &Case) -> bool {
@@ -279,19 +318,20 @@ fn check_direct(case: &Case) -> Result<(), DiskError> {
 }
 
 /// Opens and locks the image at `path` as `wish` says, with what [`choose`] makes of the rest, for a disk called `id` of
-/// that many `queues`. Nothing is written to.
+/// that many `queues`. Nothing is written to. Of a snapshot it is the image that is opened, for reading: the caller puts
+/// something [over](crate::overlay::over) it.
 ///
 /// # Errors
 /// When the image cannot be used, or what was asked for cannot be had.
 pub fn open(path: &Path, id: &str, wish: Wish, queues: u16) -> Result<(Disk, Choice), Refusal> {
-    let mut facts = Facts::gather(path, queues)?;
-    let choice = choose(&facts, wish)?;
-    match Disk::open(path, wish.readonly, choice.cache, id) {
+    let mut facts = Facts::gather(path, wish.rings(queues))?;
+    let (choice, readonly) = (choose(&facts, wish)?, !wish.access.writes());
+    match Disk::open(path, readonly, choice.cache, id) {
         // It is not what it was a moment ago, as an image that is still being made.
         Err(error @ (DiskError::NotDirect { .. } | DiskError::Block { .. })) if wish.cache.is_none() => {
             facts.direct = Direct::Failed(error.to_string());
             let choice = choose(&facts, wish)?;
-            Ok((Disk::open(path, wish.readonly, choice.cache, id)?, choice))
+            Ok((Disk::open(path, readonly, choice.cache, id)?, choice))
         }
         disk => Ok((disk?, choice)),
     }

@@ -14,6 +14,7 @@ use thiserror::Error;
 use crate::cache::CacheMode;
 use crate::direct::{self, Alignment};
 use crate::lock;
+use crate::overlay::Backing;
 use crate::ranges::Ranges;
 use crate::topology::Topology;
 use crate::witness::Witnesses;
@@ -118,6 +119,33 @@ pub enum DiskError {
         /// What the host said.
         error: io::Error,
     },
+    /// There is no place for what the guest writes to a snapshot.
+    #[error(
+        "disk image {path:?}: with snapshot=on what the guest writes goes to a file in {folder:?}, which cannot be made \
+         ({error}): name another folder with snapshot-dir=FOLDER"
+    )]
+    Overlay {
+        /// The image.
+        path: PathBuf,
+        /// Where that file was to be.
+        folder: PathBuf,
+        /// What the host said.
+        error: io::Error,
+    },
+    /// That place does not do O_DIRECT.
+    #[error(
+        "disk image {path:?}: with snapshot=on what the guest writes goes to a file in {folder:?}, which cannot be opened \
+         with O_DIRECT, as cache={} needs it: use cache={}, or name another folder with snapshot-dir=FOLDER",
+        .cache.name(), .cache.buffered().name()
+    )]
+    OverlayNotDirect {
+        /// The image.
+        path: PathBuf,
+        /// Where that file is.
+        folder: PathBuf,
+        /// The mode that was asked for.
+        cache: CacheMode,
+    },
     /// Any other refusal of the host.
     #[error("disk image {path:?} cannot be opened: {error}")]
     Io {
@@ -139,6 +167,8 @@ pub struct Disk {
     alignment: Alignment,
     topology: Topology,
     ranges: Ranges,
+    /// It is what was written over another image.
+    backing: Option<Backing>,
     flush_failed: AtomicBool,
     /// For durable writes through the page cache.
     witnesses: Witnesses,
@@ -180,8 +210,17 @@ impl Disk {
         let topology =
             Topology::of(&file, alignment.block).map_err(|error| DiskError::Io { path: path.into(), error })?;
         let (id, ranges, flush_failed) = (id.to_owned(), Ranges::default(), AtomicBool::new(false));
-        let witnesses = Witnesses::default();
-        Ok(Self { id, file, size, readonly, cache, alignment, topology, ranges, flush_failed, witnesses })
+        let (witnesses, backing) = (Witnesses::default(), None);
+        Ok(Self { id, file, size, readonly, cache, alignment, topology, ranges, backing, flush_failed, witnesses })
+    }
+
+    /// A disk that shows `backing`, and whose writes go to `file`: as long, all holes, opened as the cache mode of the image
+    /// wants it.
+    pub(crate) fn backed(file: File, backing: Backing) -> Result<Self, DiskError> {
+        let image = &backing.image;
+        // Nobody sees the end of this file: that its last block is not whole does not matter.
+        let overlay = Self::of(file, Path::new(""), true, image.cache, &image.id)?;
+        Ok(Self { readonly: false, backing: Some(backing), ..overlay })
     }
 
     /// As on a host that demands `alignment`, at least as coarse as that of this one.
@@ -225,7 +264,13 @@ impl Disk {
         &self.ranges
     }
 
-    /// The open file, for positioned transfers. Its own position means nothing.
+    /// What it shows where nothing was written to it, if that is another image.
+    pub(crate) fn backing(&self) -> Option<&Backing> {
+        self.backing.as_ref()
+    }
+
+    /// The open file, for positioned transfers. Its own position means nothing. Of a disk over another image it holds what
+    /// was written.
     pub fn file(&self) -> &File {
         &self.file
     }
@@ -372,11 +417,11 @@ fn lock_image(file: &File, path: &Path, readonly: bool) -> Result<(), DiskError>
         }
         Some(holder) => (
             format!("process {} ({})", holder.pid, holder.command),
-            "stop it, copy the image, or use readonly=on in both",
+            "stop it, copy the image, or use readonly=on or snapshot=on in both",
         ),
         None => (
             "a process that cannot be named (another user's or another container's)".to_owned(),
-            "stop it, copy the image, or use readonly=on in both",
+            "stop it, copy the image, or use readonly=on or snapshot=on in both",
         ),
     };
     Err(DiskError::Locked { path: path.into(), holder, remedy })

@@ -59,7 +59,7 @@ impl Filesystem {
     pub const EXT4: Self = Self { name: "ext4", nature: Nature::Blocks };
 
     /// That of `file`.
-    pub(crate) fn of(file: &File) -> Self {
+    pub fn of(file: &File) -> Self {
         // SAFETY: the structure is plain numbers, for which zero is a value.
         let mut stat: libc::statfs = unsafe { mem::zeroed() };
         // SAFETY: the descriptor is open, and the structure is ours to be filled.

@@ -15,7 +15,7 @@ use std::sync::{Arc, Mutex};
 use std::thread;
 
 use block::cache::CacheMode;
-use block::choose::{self, Choice, Wish};
+use block::choose::{self, Access, Choice, Wish};
 use block::disk::Disk;
 use block::engine::{Aio, Op, OpKind, native};
 use block::facts::{Facts, Host, Kind};
@@ -27,7 +27,7 @@ const EPERM: u16 = libc::EPERM as u16;
 const ENOSYS: u16 = libc::ENOSYS as u16;
 const ENOMEM: u16 = libc::ENOMEM as u16;
 const EAGAIN: u16 = libc::EAGAIN as u16;
-const AUTO: Wish = Wish { aio: None, cache: None, readonly: false };
+const AUTO: Wish = Wish { aio: None, cache: None, access: Access::Write };
 
 /// Held by every test: one that starts a program would for a moment have the locks of the others' images in it.
 static ALONE: Mutex<()> = Mutex::new(());

@@ -279,6 +279,28 @@ fn second_disk_and_its_serial_number() {
     second.assert_written();
 }
 
+/// Two machines at once, with two disks each, write to one image, and none of it is kept. The guest reads what it wrote.
+#[test]
+fn snapshots_of_one_image() {
+    let Some(bench) = Bench::new("snapshots_of_one_image") else { return };
+    let disk = bench.disk("disk.img");
+    let files = || fs::read_dir(bench.scratch.path()).expect("the scratch folder is read").count();
+    let before = files();
+    for options in ["", ",cache=directsync,aio=native", ",cache=none,aio=io_uring", ",cache=writeback,aio=threads"] {
+        let folder = bench.scratch.path().display();
+        let option = format!("{},snapshot=on,snapshot-dir={folder}{options}", disk.option());
+        let arguments = ["--cpus", "2", "--disk", &option, "--disk", &option];
+        thread::scope(|scope| {
+            for number in 0..2 {
+                let (bench, cmdline) = (&bench, format!("test=blk disk={number}"));
+                scope.spawn(move || bench.run(&cmdline, &arguments).assert_passed("blk", 1));
+            }
+        });
+        disk.assert_untouched();
+        assert_eq!(files(), before, "{options}: something is left");
+    }
+}
+
 /// The guest sees the same disk through every engine, in every cache mode it goes with.
 #[test]
 fn engines_and_cache_modes() {

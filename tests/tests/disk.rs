@@ -63,6 +63,8 @@ fn what_is_asked_for_decides() {
         (&["--aio", "threads"][..], "threads", ""),
         (&["--cache", "writethrough"], "", "writethrough"),
         (&["--aio", "threads", "--cache", "unsafe", "--readonly", "--queues", "4"], "threads", "unsafe"),
+        (&["--snapshot"], "", "unsafe"),
+        (&["--snapshot", "--cache", "writeback"], "", "writeback"),
     ] {
         let explanation = json(&[&["explain", path], words].concat());
         assert!(aio.is_empty() || explanation["aio"] == aio, "{words:?}: {explanation}");

@@ -20,6 +20,7 @@
 //! the last two are null where it works.
 
 use std::fmt::{self, Display, Formatter};
+use std::fs::File;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -27,13 +28,15 @@ use std::time::Duration;
 use anyhow::Context;
 use block::alternatives::{Alternative, alternatives};
 use block::cache::CacheMode;
-use block::choose::{Choice, Wish, choose};
+use block::choose::{Access, Choice, Wish, choose};
 use block::direct::Alignment;
 use block::disk::{self, Disk};
 use block::engine::{Aio, Unusable};
 use block::extents::Blocks;
 use block::facts::{Direct, Facts, Host, Kind};
+use block::filesystem::Filesystem;
 use block::measure::measure;
+use block::overlay;
 use serde::Serialize;
 
 use crate::config::format_size;
@@ -99,8 +102,8 @@ impl Explanation {
     /// # Errors
     /// When a machine would not start with it, in the same words; that someone else uses the image is no error.
     pub fn of(path: &Path, wish: Wish, queues: u16, measured: bool) -> anyhow::Result<Self> {
-        let facts = Facts::gather(path, queues)?;
-        if !wish.readonly {
+        let facts = Facts::gather(path, wish.rings(queues))?;
+        if wish.access.writes() {
             disk::check_writable(path)?;
         }
         let choice = choose(&facts, wish)?;
@@ -109,6 +112,9 @@ impl Explanation {
         let mut evidence = evidence(&facts);
         let user = disk::user_of(path).map_or("by nobody that can be seen".to_owned(), |user| format!("by {user}"));
         evidence.push(Evidence { name: "in use", fact: user });
+        if wish.access == Access::Snapshot {
+            evidence.push(overlay());
+        }
         Ok(Self { evidence, probe, ..Self::new(&facts, wish, choice) })
     }
 
@@ -208,6 +214,15 @@ fn evidence(facts: &Facts) -> Vec<Evidence> {
     evidence.push(Evidence { name: "io_uring", fact: offer(Aio::IoUring) });
     evidence.push(Evidence { name: "kernel", fact: format!("Linux {}", facts.host.kernel) });
     evidence
+}
+
+/// Where the writes of a snapshot go, if the user does not say.
+fn overlay() -> Evidence {
+    let folder = overlay::default_folder();
+    let filesystem = File::open(&folder).map_or("no folder", |folder| Filesystem::of(&folder).name);
+    let fact =
+        format!("a file without a name in {} ({filesystem}), unless snapshot-dir= names another", folder.display());
+    Evidence { name: "snapshot", fact }
 }
 
 fn works() -> String {

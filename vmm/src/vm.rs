@@ -14,9 +14,10 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
-use block::choose::{self, Wish};
+use block::choose::{self, Access, Wish};
 use block::disk::Disk;
 use block::engine::Engines;
+use block::overlay;
 use devices::acpi::PowerButton;
 use devices::pause::PauseLine;
 use devices::virtio::blk::statistics::Statistics;
@@ -82,9 +83,17 @@ impl Resources {
 }
 
 fn open_disk(config: &DiskConfig) -> anyhow::Result<OpenDisk> {
-    let DiskConfig { path, id, readonly, aio, cache, queues, .. } = config;
-    let (disk, choice) = choose::open(path, id, Wish { aio: *aio, cache: *cache, readonly: *readonly }, *queues)?;
+    let DiskConfig { path, id, access, snapshot_dir, aio, cache, queues, .. } = config;
+    let (mut disk, choice) = choose::open(path, id, Wish { aio: *aio, cache: *cache, access: *access }, *queues)?;
     tracing::info!("disk {id}: {}: {choice}", path.display());
+    if *access == Access::Snapshot {
+        let folder = snapshot_dir.clone().unwrap_or_else(overlay::default_folder);
+        disk = overlay::over(disk, path, &folder)?;
+        let folder = folder.display();
+        tracing::info!(
+            "disk {id}: what the guest writes goes to a file without a name in {folder}, and is gone at the end"
+        );
+    }
     Ok(OpenDisk { disk: Arc::new(disk), engines: choice.engines })
 }
 

@@ -37,7 +37,7 @@ fn chosen(facts: &Facts, wish: Wish) -> (CacheMode, Vec<Aio>) {
     (choice.cache, engines)
 }
 
-const AUTO: Wish = Wish { aio: None, cache: None, readonly: false };
+const AUTO: Wish = Wish { aio: None, cache: None, access: Access::Write };
 
 fn cached(cache: CacheMode) -> Wish {
     Wish { cache: Some(cache), ..AUTO }
@@ -57,9 +57,13 @@ fn every_row_of_the_cache_modes() {
         (&missing, AUTO, CacheMode::Writeback),
         (&failed, AUTO, CacheMode::Writeback),
         (&cut, AUTO, CacheMode::Writeback),
-        (&cut, Wish { readonly: true, ..AUTO }, CacheMode::None),
+        (&cut, Wish { access: Access::Read, ..AUTO }, CacheMode::None),
         (&facts(), AUTO, CacheMode::None),
         (&facts(), native, CacheMode::None),
+        (&facts(), Wish { access: Access::Snapshot, ..AUTO }, CacheMode::Unsafe),
+        (&memory, Wish { access: Access::Snapshot, ..AUTO }, CacheMode::Unsafe),
+        (&facts(), Wish { access: Access::Snapshot, ..native }, CacheMode::None),
+        (&cut, Wish { access: Access::Snapshot, ..cached(CacheMode::None) }, CacheMode::None),
     ];
     for (facts, wish, cache) in table {
         assert_eq!(chosen(facts, wish).0, cache, "{facts:?}, {wish:?}");
@@ -76,7 +80,8 @@ fn every_row_of_the_engines() {
     let sparse = Blocks::Sparse { allocated: 0 };
     let device = Facts { kind: Kind::Device { rotational: true, backing: None }, ..facts() };
     let (buffered, direct) = (cached(CacheMode::Writethrough), cached(CacheMode::None));
-    let readonly = Wish { readonly: true, ..direct };
+    let readonly = Wish { access: Access::Read, ..direct };
+    let snapshot = Wish { access: Access::Snapshot, ..direct };
     let table: &[(Facts, Wish, &[Aio])] = &[
         (waits(written(Nature::Memory)), buffered, &[IoUring, Threads]),
         (facts(), buffered, &[IoUring, Threads]),
@@ -85,6 +90,9 @@ fn every_row_of_the_engines() {
         (waits(written(Nature::Memory)), direct, &[IoUring, Threads]),
         (waits(written(Nature::Other)), direct, &[Threads]),
         (waits(written(Nature::CopyOnWrite)), direct, &[Threads]),
+        (device.clone(), snapshot, &[IoUring, Native, Threads]),
+        (facts(), snapshot, &[IoUring, Native, Threads]),
+        (facts(), Wish { cache: None, ..snapshot }, &[IoUring, Threads]),
         (device, direct, &[Native, IoUring, Threads]),
         (written(Nature::CopyOnWrite), direct, &[IoUring, Threads]),
         (written(Nature::CopyOnWrite), readonly, &[IoUring, Threads]),
@@ -129,7 +137,7 @@ fn hosts_that_lack_engines() {
 fn what_is_asked_for_is_kept_to_or_refused() {
     for aio in Aio::ALL {
         for cache in CacheMode::ALL {
-            let wish = Wish { aio: Some(aio), cache: Some(cache), readonly: false };
+            let wish = Wish { aio: Some(aio), cache: Some(cache), access: Access::Write };
             if aio.goes_with(cache) {
                 assert_eq!(chosen(&facts(), wish), (cache, vec![aio]));
             } else {

@@ -5,7 +5,9 @@ use std::num::NonZeroUsize;
 use std::sync::Arc;
 
 use thiserror::Error;
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
+use super::snapshot::Snapshot;
 use super::threads::{DEFAULT_THREADS, ThreadPool};
 use super::{Engine, native, uring};
 use crate::cache::CacheMode;
@@ -101,10 +103,25 @@ impl Aio {
 
     /// As [`Aio::start`]; if it is a pool, of at most so many `threads`.
     fn start_with(self, disk: Arc<Disk>, name: &str, threads: NonZeroUsize) -> io::Result<Box<dyn Engine>> {
+        let event = EventFd::new(EFD_NONBLOCK)?;
+        let Some(backing) = disk.backing() else { return self.announce(disk, name, threads, event) };
+        let image = self.announce(backing.image.clone(), name, threads, event.try_clone()?)?;
+        let overlay = self.announce(disk.clone(), name, threads, event)?;
+        Ok(Box::new(Snapshot::new(image, overlay, disk)))
+    }
+
+    /// An engine for the file of `disk` alone, which announces on `event`.
+    fn announce(
+        self,
+        disk: Arc<Disk>,
+        name: &str,
+        threads: NonZeroUsize,
+        event: EventFd,
+    ) -> io::Result<Box<dyn Engine>> {
         match self {
-            Self::Threads => Ok(Box::new(ThreadPool::new(disk, threads, name)?)),
-            Self::Native => native::start(disk, name),
-            Self::IoUring => uring::start(disk, name),
+            Self::Threads => Ok(Box::new(ThreadPool::announcing(disk, threads, name, event)?)),
+            Self::Native => native::start(disk, name, event),
+            Self::IoUring => uring::start(disk, name, event),
         }
     }
 }

@@ -2,6 +2,7 @@
 
 use std::fs::{self, File};
 use std::io::ErrorKind;
+use std::ops::Range;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
@@ -18,6 +19,7 @@ use super::{Completion, Engine, Op, OpKind};
 use crate::cache::CacheMode;
 use crate::direct::Alignment;
 use crate::disk::Disk;
+use crate::overlay;
 
 /// Ops of one batch work on stripes of their own, so that their order does not matter.
 const STRIPES: usize = 8;
@@ -52,13 +54,15 @@ pub(super) struct Bed {
     pub(super) cache: CacheMode,
     /// The host demands this rather than what it does.
     pub(super) alignment: Option<Alignment>,
+    /// The image stays as it is.
+    pub(super) snapshot: bool,
     /// How many random cases to try.
     pub(super) cases: u32,
 }
 
 impl Default for Bed {
     fn default() -> Self {
-        Self { kind: Kind::Written, cache: CacheMode::Writeback, alignment: None, cases: 48 }
+        Self { kind: Kind::Written, cache: CacheMode::Writeback, alignment: None, snapshot: false, cases: 48 }
     }
 }
 
@@ -78,10 +82,7 @@ impl Bed {
         };
         let mut path = dir.path().join("disk.img");
         let file = File::options().write(true).create_new(true).open(&path).unwrap();
-        let content: Vec<u8> = match self.kind {
-            Kind::Written | Kind::Tmpfs | Kind::Loop(_) | Kind::In(_) => (0..size).map(written).collect(),
-            Kind::Sparse | Kind::Preallocated => vec![0; size],
-        };
+        let content = self.content(size);
         match self.kind {
             Kind::Written | Kind::Tmpfs | Kind::Loop(_) | Kind::In(_) => file.write_all_at(&content, 0).unwrap(),
             Kind::Sparse => file.set_len(size as u64).unwrap(),
@@ -90,7 +91,7 @@ impl Bed {
         if let Kind::Loop(sector) = self.kind {
             path = attach(&path, sector).expect("a loop device");
         }
-        let disk = Disk::open(&path, false, self.cache, "disk0").unwrap();
+        let disk = Disk::open(&path, self.snapshot, self.cache, "disk0").unwrap();
         if let Kind::Loop(_) = self.kind {
             // It stays until the disk is closed.
             assert!(Command::new("losetup").arg("-d").arg(&path).status().unwrap().success());
@@ -102,7 +103,45 @@ impl Bed {
             Some(alignment) => disk.with_alignment(alignment),
             None => disk,
         };
+        if !self.snapshot {
+            return (dir, path, Arc::new(disk), content);
+        }
+        // As coarse as the image.
+        let disk = overlay::over(disk, &path, dir.path()).unwrap();
+        let disk = match self.alignment {
+            Some(alignment) => disk.with_alignment(alignment),
+            None => disk,
+        };
         (dir, path, Arc::new(disk), content)
+    }
+
+    /// What an image of `size` bytes begins as.
+    fn content(&self, size: usize) -> Vec<u8> {
+        match self.kind {
+            Kind::Written | Kind::Tmpfs | Kind::Loop(_) | Kind::In(_) => (0..size).map(written).collect(),
+            Kind::Sparse | Kind::Preallocated => vec![0; size],
+        }
+    }
+
+    /// What a disk of `size` bytes has now: the image at `path`. If that stays as it is, and so it must, what `engine` reads.
+    fn seen(&self, engine: &mut dyn Engine, path: &Path, size: usize) -> Vec<u8> {
+        let image = fs::read(path).unwrap();
+        if !self.snapshot {
+            return image;
+        }
+        assert!(image == self.content(size), "the image was written to");
+        let memory = memory(size);
+        engine.push(op(OpKind::Read, 0, &[(0, size)], &memory), 0);
+        engine.submit();
+        await_completions(engine, 1).remove(0).result.unwrap();
+        let mut seen = vec![0; size];
+        memory.read_slice(&mut seen, GuestAddress(BASE)).unwrap();
+        seen
+    }
+
+    /// What is written or zeroed begins and ends at multiples of this.
+    fn unit(&self) -> usize {
+        if self.snapshot { 512 } else { 1 }
     }
 }
 
@@ -164,12 +203,14 @@ pub(crate) fn await_completions(engine: &mut dyn Engine, count: usize) -> Vec<Co
 #[derive(Clone, Debug)]
 struct Step {
     kind: OpKind,
+    /// It changes whole units of so many bytes.
+    unit: usize,
     offset: usize,
     /// Gaps in memory and lengths.
     segments: Vec<(usize, usize)>,
 }
 
-fn step() -> impl Strategy<Value = Step> {
+fn step(unit: usize) -> impl Strategy<Value = Step> {
     let kind = prop_oneof![
         3 => Just(OpKind::Read),
         3 => any::<bool>().prop_map(|durable| OpKind::Write { durable }),
@@ -177,7 +218,10 @@ fn step() -> impl Strategy<Value = Step> {
         2 => any::<[bool; 2]>().prop_map(|[unmap, durable]| OpKind::WriteZeroes { unmap, durable }),
     ];
     let segments = prop::collection::vec((0_usize..64, 0_usize..1500), 0..12);
-    (kind, 0..STRIPE, segments).prop_map(|(kind, offset, segments)| Step { kind, offset, segments })
+    (kind, 0..STRIPE, segments).prop_map(move |(kind, offset, segments)| {
+        let unit = if kind == OpKind::Read { 1 } else { unit };
+        Step { kind, unit, offset: offset - offset % unit, segments }
+    })
 }
 
 impl Step {
@@ -192,28 +236,42 @@ impl Step {
             pieces.push((memory, len));
             (memory, left) = (memory + len, left - len);
         }
+        // Part of a unit is left at the end.
+        let mut cut = (room - left) % self.unit;
+        for piece in pieces.iter_mut().rev() {
+            let less = cut.min(piece.1);
+            (piece.1, cut) = (piece.1 - less, cut - less);
+        }
         (n * STRIPE + self.offset, pieces)
     }
 
-    /// The op. What discards and zeroes has the ranges of the image where the pieces are in memory.
+    /// What is discarded or zeroed, of the image: it has the ranges that the pieces have in memory.
+    fn ranges(&self, n: usize) -> Vec<Range<usize>> {
+        let whole = |place: usize| place - place % self.unit;
+        self.placed(n).1.into_iter().map(|(start, len)| whole(start)..whole(start + len)).collect()
+    }
+
+    /// The op.
     fn op(&self, n: usize, memory: &Arc<GuestMemoryMmap>) -> Op {
         let (offset, pieces) = self.placed(n);
         if matches!(self.kind, OpKind::Read | OpKind::Write { .. }) {
             return op(self.kind, offset as u64, &pieces, memory);
         }
-        let ranges = pieces.iter().map(|&(start, len)| start as u64..(start + len) as u64).collect();
+        let ranges = self.ranges(n).into_iter().map(|range| range.start as u64..range.end as u64).collect();
         Op { ranges, ..op(self.kind, 0, &[], memory) }
     }
 
     fn apply(&self, n: usize, image: &mut [u8], memory: &mut [u8]) {
+        if let OpKind::WriteZeroes { .. } = self.kind {
+            self.ranges(n).into_iter().for_each(|range| image[range].fill(0));
+        }
         let (mut offset, pieces) = self.placed(n);
         for (start, len) in pieces {
-            for at in start..start + len {
+            for byte in &mut memory[start..start + len] {
                 match self.kind {
-                    OpKind::Read => memory[at] = image.get(offset).copied().unwrap_or(0),
-                    OpKind::Write { .. } => image[offset] = memory[at],
-                    OpKind::WriteZeroes { .. } => image[at] = 0,
-                    OpKind::Flush | OpKind::Discard { .. } => {}
+                    OpKind::Read => *byte = image.get(offset).copied().unwrap_or(0),
+                    OpKind::Write { .. } => image[offset] = *byte,
+                    OpKind::Flush | OpKind::Discard { .. } | OpKind::WriteZeroes { .. } => {}
                 }
                 offset += 1;
             }
@@ -223,7 +281,7 @@ impl Step {
     /// What is discarded is as it was, or zero where the host gives blocks back.
     fn settle(&self, n: usize, image: &mut [u8], seen: &[u8]) {
         if let OpKind::Discard { .. } = self.kind {
-            for at in self.placed(n).1.into_iter().flat_map(|(start, len)| start..start + len) {
+            for at in self.ranges(n).into_iter().flatten() {
                 image[at] = if seen[at] == 0 { 0 } else { image[at] };
             }
         }
@@ -233,7 +291,7 @@ impl Step {
 /// Random batches of scattered reads, writes, discarded and zeroed ranges leave image and memory as the model says.
 pub(super) fn bytes(bed: &Bed, make: impl Fn(Arc<Disk>) -> Box<dyn Engine>) {
     let size = STRIPES * STRIPE;
-    let batches = prop::collection::vec(prop::collection::vec(step(), 1..=STRIPES), 1..6);
+    let batches = prop::collection::vec(prop::collection::vec(step(bed.unit()), 1..=STRIPES), 1..6);
     let config = ProptestConfig { cases: bed.cases, failure_persistence: None, ..ProptestConfig::default() };
     proptest!(config, |(batches in batches)| {
         let (_dir, path, disk, mut model_image) = bed.disk(size);
@@ -253,7 +311,7 @@ pub(super) fn bytes(bed: &Bed, make: impl Fn(Arc<Disk>) -> Box<dyn Engine>) {
             let mut seen = vec![0; size];
             memory.read_slice(&mut seen, GuestAddress(BASE)).unwrap();
             prop_assert!(seen == model_memory, "memory differs");
-            let seen = fs::read(&path).unwrap();
+            let seen = bed.seen(&mut *engine, &path, size);
             for (n, step) in batch.iter().enumerate() {
                 step.settle(n, &mut model_image, &seen);
             }
@@ -288,7 +346,7 @@ pub(super) fn exactly_once(bed: &Bed, make: impl Fn(Arc<Disk>) -> Box<dyn Engine
         .collect();
     tags.sort_unstable();
     assert!(tags.iter().copied().eq(0..COUNT as u16));
-    let image = fs::read(path).unwrap();
+    let image = bed.seen(&mut *engine, &path, 512 * COUNT);
     assert!(image.chunks(512).enumerate().all(|(n, sector)| sector[..4] == (n as u32).to_le_bytes()));
     let mut rest = Vec::new();
     engine.drain(&mut rest);
@@ -313,7 +371,7 @@ pub(super) fn bad_buffers(bed: &Bed, make: impl Fn(Arc<Disk>) -> Box<dyn Engine>
         let errno = completion.result.err().and_then(|error| error.raw_os_error());
         assert_eq!(errno, (completion.tag != 3).then_some(libc::EFAULT), "op {}", completion.tag);
     }
-    let image = fs::read(path).unwrap();
+    let image = bed.seen(&mut *engine, &path, 4096);
     assert_eq!(image[..1024], content[..1024]);
     assert_eq!(image[1024..1536], [5; 512]);
 }
@@ -377,6 +435,7 @@ pub(super) fn neighbours(bed: &Bed, make: impl Fn(Arc<Disk>) -> Box<dyn Engine>)
                 });
             }
         });
-        assert!(fs::read(&path).unwrap() == expected, "round {round}");
+        let seen = bed.seen(&mut *engines[round % 2], &path, BLOCKS * 4096);
+        assert!(seen == expected, "round {round}");
     }
 }

@@ -14,6 +14,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::conformance::{self, Bed, Kind, attach, await_completions, memory, op};
 use super::faulty::{Fault as HostFault, Faulty as HostFaulty};
+use super::merge::Merge;
 use super::native::Native;
 use super::ring::{Ring, RingEngine};
 use super::threads::ThreadPool;
@@ -31,7 +32,7 @@ fn combinations() -> impl Iterator<Item = (Aio, Bed)> {
         CacheMode::ALL.into_iter().filter(move |&cache| aio.goes_with(cache)).flat_map(move |cache| {
             // Before Linux 6.6 nothing in memory can be opened with O_DIRECT.
             let kinds = kinds.into_iter().filter(move |&kind| kind != Kind::Tmpfs || !cache.is_direct());
-            kinds.map(move |kind| (aio, Bed { kind, cache, alignment: None, cases: 4 }))
+            kinds.map(move |kind| (aio, Bed { kind, cache, cases: 4, ..Bed::default() }))
         })
     })
 }
@@ -196,7 +197,7 @@ enum Fault {
     Pass,
 }
 
-const DIRECT: Bed = Bed { kind: Kind::Written, cache: CacheMode::None, alignment: None, cases: 6 };
+const DIRECT: Bed = Bed { kind: Kind::Written, cache: CacheMode::None, alignment: None, snapshot: false, cases: 6 };
 
 /// Linux from 3.17 on has the ring that is read without a system call; should it ever be another, the call remains.
 #[test]
@@ -341,6 +342,32 @@ fn an_image_is_free_when_its_engine_is_gone() {
             let mut engine = aio.start(Arc::new(disk), "test-io").unwrap();
             engine.push(op(OpKind::Read, 0, &[(4096, 4096)], &memory(1 << 16)), 0);
             engine.submit();
+        }
+    }
+}
+
+fn snapshots() -> impl Iterator<Item = (Aio, Bed)> {
+    combinations().map(|(aio, bed)| (aio, Bed { snapshot: true, ..bed }))
+}
+
+/// Every engine, twice, as one: over an image that nothing is written to.
+#[test]
+fn all_leave_the_image_of_a_snapshot_alone() {
+    for (aio, bed) in snapshots() {
+        eprintln!("{aio:?} {bed:?}");
+        conformance::bytes(&bed, start(aio));
+        conformance::bad_buffers(&bed, start(aio));
+        conformance::drain(&bed, start(aio));
+    }
+    for (aio, bed) in snapshots().filter(|(_, bed)| bed.kind == Kind::Written) {
+        conformance::exactly_once(&bed, start(aio));
+        // Through two queues: one map, and under O_DIRECT blocks of which each writes a part.
+        conformance::neighbours(&bed, start(aio));
+        conformance::bytes(&bed, |disk| Box::new(Merge::new(start(aio)(disk))));
+        if bed.cache.is_direct() {
+            let bed = Bed { alignment: Some(COARSE), ..bed };
+            conformance::bytes(&bed, start(aio));
+            conformance::neighbours(&bed, start(aio));
         }
     }
 }

@@ -13,6 +13,7 @@ mod bounce;
 pub mod merge;
 pub mod native;
 mod ring;
+mod snapshot;
 pub mod threads;
 mod transfer;
 pub mod uring;

@@ -14,18 +14,17 @@ use thiserror::Error;
 use vmm_sys_util::aio::{
     IOCB_CMD_FDSYNC, IOCB_CMD_PREAD, IOCB_CMD_PREADV, IOCB_CMD_PWRITE, IOCB_CMD_PWRITEV, IOCB_FLAG_RESFD, IoEvent,
 };
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vmm_sys_util::eventfd::EventFd;
 
 use super::ring::{DEPTH, Ring, RingEngine};
 use super::{Engine, OpKind};
 use crate::disk::Disk;
 
-/// The engine for `disk`. `name` is that of its helper threads.
+/// The engine for `disk`, which announces on `event`. `name` is that of its helper threads.
 ///
 /// # Errors
 /// When the host gives no context, thread or eventfd.
-pub fn start(disk: Arc<Disk>, name: &str) -> io::Result<Box<dyn Engine>> {
-    let event = EventFd::new(EFD_NONBLOCK)?;
+pub fn start(disk: Arc<Disk>, name: &str, event: EventFd) -> io::Result<Box<dyn Engine>> {
     let ring = Native::new(disk.file().as_raw_fd(), event.as_raw_fd())?;
     Ok(Box::new(RingEngine::new(disk, ring, event, name)?))
 }

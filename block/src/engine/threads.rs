@@ -93,7 +93,20 @@ impl ThreadPool {
     /// # Errors
     /// When the host gives no eventfd or no thread at all; later only fewer threads than wanted.
     pub fn new(disk: Arc<Disk>, threads: NonZeroUsize, name: &str) -> io::Result<Self> {
-        Self::start(disk, threads, name, IDLE, EventFd::new(EFD_NONBLOCK)?)
+        Self::announcing(disk, threads, name, EventFd::new(EFD_NONBLOCK)?)
+    }
+
+    /// As [`ThreadPool::new`]; its completions are announced on `completed`.
+    ///
+    /// # Errors
+    /// When the host gives no thread at all.
+    pub(super) fn announcing(
+        disk: Arc<Disk>,
+        threads: NonZeroUsize,
+        name: &str,
+        completed: EventFd,
+    ) -> io::Result<Self> {
+        Self::start(disk, threads, name, IDLE, completed)
     }
 
     /// The helper of another engine: does what that cannot. Its completions are announced on `completed`, a clone of

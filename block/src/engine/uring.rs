@@ -17,12 +17,11 @@ use super::ring::{DEPTH, Ring, RingEngine};
 use super::{Engine, OpKind};
 use crate::disk::Disk;
 
-/// The engine for `disk`. `name` is that of its helper threads.
+/// The engine for `disk`, which announces on `event`. `name` is that of its helper threads.
 ///
 /// # Errors
 /// When the host gives no ring, thread or eventfd.
-pub fn start(disk: Arc<Disk>, name: &str) -> io::Result<Box<dyn Engine>> {
-    let event = EventFd::new(EFD_NONBLOCK)?;
+pub fn start(disk: Arc<Disk>, name: &str, event: EventFd) -> io::Result<Box<dyn Engine>> {
     let ring = Uring::new(disk.file().as_raw_fd(), event.as_raw_fd())?;
     Ok(Box::new(RingEngine::new(disk, ring, event, name)?))
 }

@@ -28,7 +28,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail, ensure};
 use block::cache::CacheMode;
-use block::choose::{self, Wish};
+use block::choose::{self, Access, Wish};
 use block::disk::Disk;
 use block::engine::Aio;
 use guest::workload::pattern;
@@ -269,7 +269,8 @@ fn measure(
 
 /// What skiff will choose for the image at `path`, which nobody uses just now.
 fn chosen(cell: &Cell, path: &Path) -> anyhow::Result<Aio> {
-    let wish = Wish { aio: None, cache: Some(cell.way.cache), readonly: !cell.work.rw.writes() };
+    let access = if cell.work.rw.writes() { Access::Write } else { Access::Read };
+    let wish = Wish { aio: None, cache: Some(cell.way.cache), access };
     let (_, choice) = choose::open(path, "bench", wish, cell.work.queues)?;
     Ok(choice.engines.best())
 }

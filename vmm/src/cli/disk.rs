@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use block::cache::CacheMode;
-use block::choose::Wish;
+use block::choose::{Access, Wish};
 use block::engine::Aio;
 use clap::{Args, Subcommand};
 use skiff::explain::{Explanation, Offers};
@@ -37,6 +37,7 @@ enum Command {
 ///
 /// Nothing is written, and the image may be in use.
 #[derive(Debug, Args)]
+#[expect(clippy::struct_excessive_bools, reason = "each is a flag of its own")]
 struct ExplainArgs {
     /// The raw image or block device
     #[arg(value_name = "FILE", value_hint = clap::ValueHint::FilePath)]
@@ -50,6 +51,9 @@ struct ExplainArgs {
     /// As a disk that the guest may not write
     #[arg(long)]
     readonly: bool,
+    /// As a disk with snapshot=on: the image stays as it is
+    #[arg(long, conflicts_with = "readonly")]
+    snapshot: bool,
     /// The number of queues: each needs an engine
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=64))]
     queues: u16,
@@ -99,7 +103,11 @@ impl ExplainArgs {
         Wish {
             aio: Aio::ALL.into_iter().find(|aio| aio.name() == self.aio),
             cache: CacheMode::ALL.into_iter().find(|cache| cache.name() == self.cache),
-            readonly: self.readonly,
+            access: match (self.readonly, self.snapshot) {
+                (true, _) => Access::Read,
+                (_, true) => Access::Snapshot,
+                _ => Access::Write,
+            },
         }
     }
 }

@@ -38,7 +38,8 @@ pub(super) struct RunArgs {
     memory: Option<String>,
     /// A raw disk image or block device, seen by the guest as virtio-blk; repeat for more disks
     ///
-    /// Keys: readonly=on|off, serial=TEXT, id=NAME, format=raw, ioeventfd=on|off, aio=auto|threads|io_uring|native (what
+    /// Keys: readonly=on|off, snapshot=on|off (on: the image stays as it is, and what the guest writes is gone at the end),
+    /// snapshot-dir=FOLDER (for what it writes meanwhile) [default: $TMPDIR or /var/tmp], serial=TEXT, id=NAME, format=raw, ioeventfd=on|off, aio=auto|threads|io_uring|native (what
     /// moves the bytes; native is Linux AIO and needs cache=none or cache=directsync) [default: auto, what suits the image
     /// and the host], cache=auto|writeback|none|writethrough|directsync|unsafe (none and directsync go past the host's page
     /// cache, unsafe ignores flushes) [default: auto, none where that works, else writeback], queues=N (each with a thread

@@ -12,6 +12,7 @@ use std::fmt::{Display, Write as _};
 use std::path::Path;
 
 use block::cache::CacheMode;
+use block::choose::Access;
 use block::engine::Aio;
 use block::throttle::Limits;
 use toml::de::{DeTable, DeValue};
@@ -200,7 +201,11 @@ pub fn to_toml(vm: &VmConfig) -> Result<String, ConfigError> {
         if let Some(serial) = &disk.serial {
             line(&mut out, "serial", text(serial));
         }
-        line(&mut out, "readonly", disk.readonly);
+        line(&mut out, "readonly", disk.access == Access::Read);
+        line(&mut out, "snapshot", disk.access == Access::Snapshot);
+        if let Some(folder) = &disk.snapshot_dir {
+            line(&mut out, "snapshot-dir", text(path(folder)?));
+        }
         line(&mut out, "ioeventfd", disk.ioeventfd);
         line(&mut out, "rerror", text(disk.rerror.name()));
         line(&mut out, "werror", text(disk.werror.name()));
@@ -303,7 +308,8 @@ mod tests {
             path: path.into(),
             id: id.into(),
             serial: serial.map(str::to_owned),
-            readonly,
+            access: if readonly { Access::Read } else { Access::Write },
+            snapshot_dir: None,
             aio: if id == "data" { Some(Aio::IoUring) } else { None },
             cache: if id == "data" { Some(CacheMode::None) } else { None },
             ioeventfd: true,
@@ -369,7 +375,7 @@ mod tests {
             (
                 "[[disk]]\npath = \"a\"\nfile = \"b\"\n",
                 "/vms/vm.toml:3: disk: unknown key \"file\" \
-                 (keys: path, readonly, serial, id, format, aio, cache, ioeventfd, queues, queue-size, \
+                 (keys: path, readonly, snapshot, snapshot-dir, serial, id, format, aio, cache, ioeventfd, queues, queue-size, \
                  poll-us, merge, thread-pool-max, discard, rerror, werror, \
                  iops, iops-rd, iops-wr, bps, bps-rd, bps-wr, burst)",
             ),
@@ -439,14 +445,19 @@ mod tests {
     prop_compose! {
         fn any_disk()(
             path in any_path(), id in "d[a-z0-9._-]{0,8}", serial in proptest::option::of("[ -~]{1,20}"),
-            readonly: bool, ioeventfd: bool, (aio, cache) in any_engine(), queues in 1..=64_u16,
+            access in prop_oneof![
+                Just((Access::Write, None)), Just((Access::Read, None)),
+                proptest::option::of(any_path()).prop_map(|folder| (Access::Snapshot, folder)),
+            ],
+            ioeventfd: bool, (aio, cache) in any_engine(), queues in 1..=64_u16,
             rerror in proptest::sample::select(&OnError::READS[..]), werror in proptest::sample::select(&OnError::WRITES[..]),
             queue_size in (2..=10).prop_map(|shift| 1_u16 << shift),
             poll in (0..=10_000_u64).prop_map(Duration::from_micros), merge: bool, threads in 1..=64_usize,
             discard in proptest::sample::select(&Discard::ALL[..]), limits in any_limits(),
         ) -> DiskConfig {
+            let (access, snapshot_dir) = access;
             DiskConfig {
-                path, id, serial, readonly, aio, cache, ioeventfd, queues, queue_size, poll, merge, discard, rerror, werror,
+                path, id, serial, access, snapshot_dir, aio, cache, ioeventfd, queues, queue_size, poll, merge, discard, rerror, werror,
                 limits, thread_pool_max: NonZeroUsize::new(threads).unwrap(),
             }
         }

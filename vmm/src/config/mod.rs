@@ -18,6 +18,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use block::cache::CacheMode;
+use block::choose::Access;
 use block::engine::Aio;
 use block::throttle::Limits;
 use devices::virtio::blk::errors::OnError;
@@ -127,8 +128,11 @@ pub struct DiskConfig {
     pub id: String,
     /// What the guest reads as its serial number; 1 to 20 bytes of printable ASCII (virtio 1.2, 5.2.6).
     pub serial: Option<String>,
-    /// The guest may not write.
-    pub readonly: bool,
+    /// Whether the guest may write, and whether the image keeps it.
+    pub access: Access,
+    /// Only with [`Access::Snapshot`]: the folder of the file that takes what the guest writes; `None`: that of
+    /// [`default_folder`](block::overlay::default_folder).
+    pub snapshot_dir: Option<PathBuf>,
     /// What moves the bytes; `None`: what suits the image and the host (`auto`). It goes with `cache`.
     pub aio: Option<Aio>,
     /// What stands between a write of the guest and stable storage; `None`: with O_DIRECT where it works (`auto`).

@@ -3,6 +3,7 @@
 use std::num::NonZeroU64;
 
 use block::cache::CacheMode;
+use block::choose::Access;
 use block::engine::Aio;
 use block::engine::threads::DEFAULT_THREADS;
 use block::throttle::{BURST, Limits, Rates};
@@ -19,9 +20,11 @@ use super::{Discard, MemoryConfig, SerialConfig};
 pub const MEMORY_KEYS: [&str; 4] = ["size", "hugepages", "prefault", "shared"];
 
 /// The keys of `--disk`; the first may be left out.
-pub const DISK_KEYS: [&str; 23] = [
+pub const DISK_KEYS: [&str; 25] = [
     "path",
     "readonly",
+    "snapshot",
+    "snapshot-dir",
     "serial",
     "id",
     "format",
@@ -96,7 +99,8 @@ pub(super) fn disk(settings: &Settings) -> Result<DiskRequest, ConfigError> {
         path: path.ok_or_else(|| settings.place().error("a disk needs an image; write path=IMAGE"))?,
         id: settings.value("id", value::id)?,
         serial: settings.value("serial", value::disk_serial)?,
-        readonly: settings.switch("readonly", false)?,
+        access: access(settings)?,
+        snapshot_dir: settings.path("snapshot-dir")?,
         aio,
         cache,
         ioeventfd: settings.switch("ioeventfd", true)?,
@@ -111,6 +115,22 @@ pub(super) fn disk(settings: &Settings) -> Result<DiskRequest, ConfigError> {
         discard: choice(settings, "discard", None, &Discard::ALL, Discard::name)?.unwrap_or_default(),
         place: settings.place().clone(),
     })
+}
+
+/// What is done with the image; `None` if nothing is said, or only what goes without saying.
+fn access(settings: &Settings) -> Result<Option<Access>, ConfigError> {
+    let readonly = settings.switch("readonly", false)?;
+    let snapshot = settings.value("snapshot", value::switch)?;
+    match (readonly, snapshot) {
+        (true, Some(true)) => Err(settings.place().error(
+            "readonly=on,snapshot=on: the guest cannot write to a disk that is read-only, so there is nothing to leave out of \
+             the image; write one of the two",
+        )),
+        (true, _) => Ok(Some(Access::Read)),
+        (false, Some(true)) => Ok(Some(Access::Snapshot)),
+        (false, Some(false)) => Ok(Some(Access::Write)),
+        (false, None) => Ok(None),
+    }
 }
 
 /// The choice of the user between `all`; `None` if nothing is said, or the word that leaves it to skiff if there is one.

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use block::cache::CacheMode;
+use block::choose::Access;
 use block::engine::Aio;
 use block::throttle::Limits;
 use devices::virtio::blk::errors::OnError;
@@ -53,8 +54,10 @@ pub struct DiskRequest {
     pub id: Option<String>,
     /// See [`DiskConfig::serial`].
     pub serial: Option<String>,
-    /// See [`DiskConfig::readonly`].
-    pub readonly: bool,
+    /// See [`DiskConfig::access`]; `None` for the default.
+    pub access: Option<Access>,
+    /// See [`DiskConfig::snapshot_dir`].
+    pub snapshot_dir: Option<PathBuf>,
     /// See [`DiskConfig::aio`].
     pub aio: Option<Aio>,
     /// See [`DiskConfig::cache`].
@@ -187,12 +190,20 @@ fn disks(requests: Vec<DiskRequest>, cpus: u32) -> Result<Vec<DiskConfig>, Confi
                 .place
                 .error(format_args!("the id \"{id}\" belongs to {path}; choose another with id=")));
         }
+        let access = request.access.unwrap_or_default();
+        if let (Some(folder), false) = (&request.snapshot_dir, access == Access::Snapshot) {
+            let folder = folder.display();
+            return Err(request.place.error(format_args!(
+                "snapshot-dir={folder}: the disk is no snapshot; add snapshot=on, or leave snapshot-dir out"
+            )));
+        }
         let queues = request.queues.unwrap_or_else(|| cpus.min(super::DISK_QUEUES.into()) as u16);
         disks.push(DiskConfig {
             path: request.path,
             id,
             serial: request.serial,
-            readonly: request.readonly,
+            access,
+            snapshot_dir: request.snapshot_dir,
             aio: request.aio,
             cache: request.cache,
             ioeventfd: request.ioeventfd,
@@ -236,7 +247,8 @@ mod tests {
             path: path.into(),
             id: id.into(),
             serial: None,
-            readonly: false,
+            access: Access::Write,
+            snapshot_dir: None,
             aio: None,
             cache: None,
             ioeventfd: true,
@@ -289,10 +301,17 @@ mod tests {
             disks: vec![
                 DiskConfig { queues: 4, ..disk("root.img", "disk0") },
                 DiskConfig {
+                    queues: 4,
+                    access: Access::Snapshot,
+                    snapshot_dir: Some("/fast".into()),
+                    ..disk("base.img", "disk1")
+                },
+                DiskConfig {
                     path: "a,b.img".into(),
                     id: "data".into(),
                     serial: Some("S 1".into()),
-                    readonly: true,
+                    access: Access::Read,
+                    snapshot_dir: None,
                     aio: Some(Aio::Native),
                     cache: Some(CacheMode::Directsync),
                     ioeventfd: false,
@@ -321,6 +340,7 @@ mod tests {
             ("cpus", "4"),
             ("memory", "2G,hugepages=on,prefault=on,shared=on"),
             ("disk", "root.img"),
+            ("disk", "base.img,snapshot=on,snapshot-dir=/fast"),
             (
                 "disk",
                 "path=a,,b.img,id=data,serial=S 1,readonly=on,ioeventfd=off,format=raw,aio=native,cache=directsync,\
@@ -334,6 +354,30 @@ mod tests {
             ("stats", "json"),
         ];
         assert_eq!(machine(&settings), Ok(expected));
+    }
+
+    #[test]
+    fn a_snapshot_is_one_or_not() {
+        for (text, line) in [
+            (
+                "x,readonly=on,snapshot=on",
+                "--disk x,readonly=on,snapshot=on: readonly=on,snapshot=on: the guest cannot write to a disk that is \
+                 read-only, so there is nothing to leave out of the image; write one of the two",
+            ),
+            (
+                "x,snapshot-dir=/fast",
+                "--disk x,snapshot-dir=/fast: snapshot-dir=/fast: the disk is no snapshot; add snapshot=on, or leave \
+                 snapshot-dir out",
+            ),
+        ] {
+            assert_eq!(machine(&[("kernel", "vmlinuz"), ("disk", text)]), Err(line.to_owned()));
+        }
+        let said = |text| request(&[("disk", text)]).unwrap().disks.unwrap()[0].access;
+        assert_eq!(said("x"), None);
+        assert_eq!(said("x,readonly=off"), None);
+        assert_eq!(said("x,snapshot=off"), Some(Access::Write));
+        assert_eq!(said("x,readonly=on,snapshot=off"), Some(Access::Read));
+        assert_eq!(said("x,readonly=off,snapshot=on"), Some(Access::Snapshot));
     }
 
     #[test]
