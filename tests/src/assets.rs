@@ -6,17 +6,20 @@ use std::process::{Command, Stdio};
 
 use tempfile::TempDir;
 
-/// The target directory of this build, where guests and images are: the test binary is `target/TRIPLE/PROFILE/deps/NAME`.
+/// The target directory of this build, where guests and images are: a test is `target/TRIPLE/PROFILE/deps/NAME`, a benchmark
+/// `target/TRIPLE/PROFILE/NAME`.
 ///
 /// # Panics
-/// If the test binary is elsewhere.
+/// If this program is elsewhere.
 pub fn target() -> PathBuf {
     profile().ancestors().nth(2).expect("target/TRIPLE/PROFILE").to_owned()
 }
 
 fn profile() -> PathBuf {
-    let test = std::env::current_exe().expect("the test binary has a path");
-    test.ancestors().nth(2).expect("TRIPLE/PROFILE/deps/NAME").to_owned()
+    let this = std::env::current_exe().expect("this program has a path");
+    let folder = this.parent().expect("TRIPLE/PROFILE/deps/NAME or TRIPLE/PROFILE/NAME");
+    let is_test = folder.file_name().is_some_and(|name| name == "deps");
+    if is_test { folder.parent().expect("TRIPLE/PROFILE") } else { folder }.to_owned()
 }
 
 /// The `skiff` under test: `SKIFF_BIN`, or the one that was built beside the test.
@@ -27,6 +30,25 @@ pub fn skiff() -> PathBuf {
     let path = std::env::var_os("SKIFF_BIN").map_or_else(|| profile().join("skiff"), PathBuf::from);
     assert!(path.is_file(), "{}: no skiff; run cargo build first", path.display());
     path
+}
+
+/// The program for both ends of a network, which was built beside the test. It is static, so it runs in a guest too.
+///
+/// # Panics
+/// If there is none.
+pub fn peer() -> PathBuf {
+    let path = profile().join("peer");
+    assert!(path.is_file(), "{}: missing; run cargo build first", path.display());
+    path
+}
+
+/// Whether this host has vhost-net for this user. If not, that is said of the test `name`.
+pub fn has_vhost(name: &str) -> bool {
+    let has = std::fs::File::options().read(true).write(true).open("/dev/vhost-net").is_ok();
+    if !has {
+        crate::network::skipped(name, "no /dev/vhost-net for this user");
+    }
+    has
 }
 
 /// A file of the stock Linux guest: `vmlinuz`, `vmlinux`, `initrd.img`, `root.img`, `busybox`.
