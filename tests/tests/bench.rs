@@ -118,7 +118,7 @@ fn every_form_of_the_results_is_written() {
     report(folder.path(), &words);
     let read = |path: &str| fs::read_to_string(path).expect("a form of the results");
     assert!(read(&csv).lines().count() > 1);
-    let names = ["iops", "p99", "io-cpu", "of-host"];
+    let names = ["iops", "p99", "io-cpu", "submissions", "of-host"];
     let names: Vec<_> =
         (1..=2).flat_map(|q| names.map(|name| format!("written-randread-4k-q{q}-{name}.svg"))).collect();
     for name in &names {
@@ -163,7 +163,13 @@ fn queues_and_doorbells() {
         "--engines io_uring --cache none --depths 4 --queues 1,3 --ioeventfd on,off --vs none --bs 512,64K --rw read";
     let (report, _) = report(folder.path(), words);
     assert_eq!(cells(&report).len(), 8);
-    assert!(samples(&report, "skiff").iter().all(|sample| sample["kicks"].as_f64().is_some_and(|kicks| kicks > 0.0)));
+    for sample in samples(&report, "skiff") {
+        assert!(sample["kicks"].as_f64().is_some_and(|kicks| kicks > 0.0), "{sample}");
+        let number = |key: &str| sample[key].as_f64().unwrap_or_else(|| panic!("{key} in {sample}"));
+        // Each batch is at least one request and causes one call, if neighbours are not waited for.
+        assert!((1.0..=4.0).contains(&number("batch")), "{sample}");
+        assert!(number("submissions") > 0.0 && number("submissions") <= 1.01, "{sample}");
+    }
 }
 
 /// One that looks all the time is not.
@@ -178,10 +184,60 @@ fn guests_that_sleep_are_interrupted() {
     assert!(text.contains("threads  none,completion=interrupt"), "{text}");
     for cell in cells(&report) {
         let Some(sample) = cell["rounds"][0].get("skiff") else { continue };
+        assert!(sample["batch"].as_f64().is_some_and(|batch| (1.0..1.01).contains(&batch)), "one at a time: {cell}");
+        assert_eq!(sample["submissions"], Value::Null, "threads make a call for each: {cell}");
         let interrupts = sample["interrupts"].as_f64().expect("interrupts");
         // One request at a time: an interrupt for each, less those that were seen before the guest slept.
         let expected = if cell["completion"] == "interrupt" { 0.01..=1.01 } else { 0.0..=0.0 };
         assert!(expected.contains(&interrupts), "{cell}");
+    }
+}
+
+/// Against strace(1), which counts the system calls of the same machine: all that the guest causes, and none else.
+#[test]
+fn calls_of_the_kernel_are_counted_as_strace_counts_them() {
+    let name = "calls_of_the_kernel_are_counted_as_strace_counts_them";
+    if !kvm(name) {
+        return;
+    }
+    if Command::new("strace").arg("-V").output().is_err() {
+        let _ = writeln!(std::io::stderr(), "SKIPPED bench::{name}: strace is not installed");
+        return;
+    }
+    let folder = scratch();
+    let image = folder.path().join("image.img");
+    fs::write(&image, vec![7; 1 << 20]).expect("the image");
+    for (aio, call) in [("native", "io_submit"), ("io_uring", "io_uring_enter")] {
+        let disk = format!("path={},aio={aio},cache=none", image.display());
+        let counts = folder.path().join("counts");
+        let output = Command::new("strace")
+            .args(["-f", "-c", "-e", &format!("trace={call}"), "-o"])
+            .arg(&counts)
+            .arg(assets::skiff())
+            .args([
+                "run",
+                "--kernel",
+                guest::PATH,
+                "--debug-exit",
+                "--serial",
+                "stdio",
+                "--stats=json",
+                "--disk",
+                &disk,
+            ])
+            .args(["--cmdline", "bench rw=randread depth=8 count=500"])
+            .output()
+            .expect("strace");
+        let text = String::from_utf8_lossy(&output.stderr).into_owned();
+        let line = text.lines().find(|line| line.starts_with("{\"disks\"")).unwrap_or_else(|| panic!("{text}"));
+        let statistics: Value = serde_json::from_str(line).expect("JSON");
+        let queue = &statistics["disks"][0]["queues"][0];
+        assert_eq!(queue["requests"]["read"], 500, "{line}");
+        let counts = fs::read_to_string(&counts).expect("the counts");
+        let row = counts.lines().find(|line| line.ends_with(call)).unwrap_or_else(|| panic!("{counts}"));
+        let calls: u64 = row.split_ascii_whitespace().nth(3).and_then(|word| word.parse().ok()).expect("a number");
+        assert!((1..=500).contains(&calls), "{counts}");
+        assert_eq!(queue["submissions"], calls, "{counts}{line}");
     }
 }
 

@@ -61,6 +61,7 @@ fn queue_json(queue: &Snapshot) -> Value {
         "kicks": queue.kicks,
         "interrupts": queue.interrupts,
         "merged": queue.merged,
+        "submissions": queue.submissions,
         "batches": batches,
         "latency_ns": latencies,
     })
@@ -97,8 +98,10 @@ fn write_disk(out: &mut fmt::Formatter<'_>, disk: &Disk) -> fmt::Result {
     }
     for (index, queue) in disk.queues.iter().enumerate() {
         let requests = queue.requests.iter().sum::<u64>();
-        let (kicks, interrupts, merged) = (queue.kicks, queue.interrupts, queue.merged);
-        writeln!(out, "  queue {index}: {requests} requests, {merged} merged, {kicks} kicks, {interrupts} interrupts")?;
+        let Snapshot { kicks, interrupts, merged, submissions, .. } = queue;
+        let batches = queue.batches.iter().sum::<u64>();
+        write!(out, "  queue {index}: {requests} requests, {batches} batches, {merged} merged, ")?;
+        writeln!(out, "{submissions} submissions, {kicks} kicks, {interrupts} interrupts")?;
     }
     write_batches(out, &sum.batches)?;
     let Some(stages) = &sum.latencies else { return Ok(()) };
@@ -152,7 +155,17 @@ mod tests {
         requests[..3].copy_from_slice(&[10, 2, 1]);
         bytes[..2].copy_from_slice(&[40960, 1024]);
         errors[0] = 1;
-        let queue = Snapshot { requests, bytes, errors, kicks: 7, interrupts: 6, merged: 5, batches, latencies };
+        let queue = Snapshot {
+            requests,
+            bytes,
+            errors,
+            kicks: 7,
+            interrupts: 6,
+            merged: 5,
+            submissions: 4,
+            batches,
+            latencies,
+        };
         let idle = Snapshot::default();
         Report(vec![Disk { id: "root".to_owned(), queues: vec![queue, idle] }])
     }
@@ -165,8 +178,8 @@ disk root
   read                  10               40960         1
   write                  2                1024         0
   flush                  1                   0         0
-  queue 0: 13 requests, 5 merged, 7 kicks, 6 interrupts
-  queue 1: 0 requests, 0 merged, 0 kicks, 0 interrupts
+  queue 0: 13 requests, 8 batches, 5 merged, 4 submissions, 7 kicks, 6 interrupts
+  queue 1: 0 requests, 0 batches, 0 merged, 0 submissions, 0 kicks, 0 interrupts
   batches: 4 of 1, 3 of 2-3, 1 of 32768 or more
 ";
         assert_eq!(report(false).format(StatsFormat::Text), expected);
@@ -191,6 +204,7 @@ disk root
         assert_eq!(queue["requests"], requests);
         assert_eq!((&queue["bytes"]["read"], &queue["errors"]["read"]), (&json!(40960), &json!(1)));
         assert_eq!((&queue["kicks"], &queue["interrupts"], &queue["merged"]), (&json!(7), &json!(6), &json!(5)));
+        assert_eq!(queue["submissions"], 4);
         assert_eq!((&queue["batches"]["2"], &queue["batches"]["4"]), (&json!(3), &json!(0)));
         for stage in ["queue", "engine", "total"] {
             let stage = &queue["latency_ns"][stage];

@@ -397,10 +397,11 @@ impl<R: Ring> Ring for Faulty<R> {
         self.held.push_back((number, kind, offset, buffers.as_ptr(), buffers.len()));
     }
 
-    fn enter(&mut self) {
+    fn enter(&mut self) -> u64 {
+        let mut calls = 0;
         while let Some(&(number, kind, offset, array, count)) = self.held.front() {
             if matches!(self.next(), Fault::Full) {
-                return;
+                break;
             }
             self.held.pop_front();
             #[expect(unsafe_code, reason = "passes on what it was given")]
@@ -408,9 +409,10 @@ impl<R: Ring> Ring for Faulty<R> {
             unsafe {
                 self.ring.queue(number, kind, offset, std::slice::from_raw_parts(array, count));
             }
-            self.ring.enter();
+            calls += self.ring.enter();
             assert_eq!(self.ring.queued(), 0);
         }
+        calls
     }
 
     fn queued(&self) -> usize {

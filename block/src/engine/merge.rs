@@ -181,6 +181,10 @@ impl Engine for Merge {
     fn merged(&self) -> u64 {
         self.merged
     }
+
+    fn submissions(&self) -> u64 {
+        self.inner.submissions()
+    }
 }
 
 #[cfg(test)]

@@ -109,6 +109,12 @@ pub trait Engine: Send {
     fn merged(&self) -> u64 {
         0
     }
+
+    /// How many system calls so far gave ops to the kernel, some or many at once: io_submit, io_uring_enter. None of a pool,
+    /// whose threads make one for each op.
+    fn submissions(&self) -> u64 {
+        0
+    }
 }
 
 #[cfg(test)]

@@ -252,19 +252,22 @@ impl Ring for Native {
         self.batch.push(block);
     }
 
-    fn enter(&mut self) {
+    fn enter(&mut self) -> u64 {
+        let mut calls = 0;
         while !self.batch.is_empty() {
+            calls += 1;
             // SAFETY: the caller of `queue` vouched for what they name.
             match unsafe { self.context.submit(&self.batch) } {
-                Ok(0) => return,
+                Ok(0) => break,
                 Ok(count) => drop(self.batch.drain(..count)),
                 Err(error) => match error.raw_os_error() {
                     Some(libc::EINTR) => {}
-                    Some(libc::EAGAIN) | None => return,
+                    Some(libc::EAGAIN) | None => break,
                     Some(errno) => self.refuse(errno),
                 },
             }
         }
+        calls
     }
 
     fn queued(&self) -> usize {

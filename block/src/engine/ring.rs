@@ -37,8 +37,8 @@ pub(super) trait Ring: Send {
     /// `number` is not in use. The array and the memory it names stay until [`Ring::reap`] yields `number`.
     unsafe fn queue(&mut self, number: usize, kind: OpKind, offset: u64, buffers: &[iovec]);
 
-    /// Hands over what is queued, in one system call if the kernel takes it all at once.
-    fn enter(&mut self);
+    /// Hands over what is queued, in one system call if the kernel takes it all at once. Returns how many it made.
+    fn enter(&mut self) -> u64;
 
     /// How many are queued and not handed over. After [`Ring::enter`]: the kernel had no room for them.
     fn queued(&self) -> usize;
@@ -64,6 +64,7 @@ pub(super) struct RingEngine<R: Ring> {
     slots: Box<[Slot]>,
     free: Vec<usize>,
     finished: Vec<(usize, i64)>,
+    submissions: u64,
 }
 
 /// One transfer in the ring; its number is its index.
@@ -94,6 +95,7 @@ impl<R: Ring> RingEngine<R> {
             slots: (0..DEPTH).map(|_| Slot::default()).collect(),
             free: (0..DEPTH).rev().collect(),
             finished: Vec::with_capacity(DEPTH),
+            submissions: 0,
         })
     }
 
@@ -208,7 +210,7 @@ impl<R: Ring> Engine for RingEngine<R> {
         if self.ring.queued() == 0 {
             return;
         }
-        self.ring.enter();
+        self.submissions += self.ring.enter();
         if self.ring.queued() == self.in_slots() && self.ring.queued() > 0 {
             // No completion will bring us back here, and there is nothing else to do.
             thread::sleep(PAUSE);
@@ -253,6 +255,10 @@ impl<R: Ring> Engine for RingEngine<R> {
                 self.wait();
             }
         }
+    }
+
+    fn submissions(&self) -> u64 {
+        self.submissions
     }
 }
 

@@ -148,18 +148,21 @@ impl Ring for Uring {
         pushed.expect("the queue has an entry for each number");
     }
 
-    fn enter(&mut self) {
+    fn enter(&mut self) -> u64 {
+        let mut calls = 0;
         while self.queued() > 0 {
+            calls += 1;
             match self.0.submit() {
-                Ok(0) => return,
+                Ok(0) => break,
                 Ok(_) => {}
                 Err(error) => match error.raw_os_error() {
                     Some(libc::EINTR) => {}
-                    Some(libc::EAGAIN | libc::EBUSY | libc::ENOMEM) => return,
+                    Some(libc::EAGAIN | libc::EBUSY | libc::ENOMEM) => break,
                     _ => panic!("io_uring_enter: {error}"),
                 },
             }
         }
+        calls
     }
 
     fn queued(&self) -> usize {

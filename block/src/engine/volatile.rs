@@ -368,10 +368,11 @@ impl Ring for PlayedRing {
         self.queued.push(Call { number, kind, offset, buffers: buffers.as_ptr(), count: buffers.len() });
     }
 
-    fn enter(&mut self) {
+    fn enter(&mut self) -> u64 {
         for call in self.queued.drain(..) {
             self.calls.as_ref().expect("open until dropped").send(call).expect("the threads live until then");
         }
+        0
     }
 
     fn queued(&self) -> usize {

@@ -31,10 +31,11 @@ pub(super) struct Chart {
 type Figure = fn(&Figures<'_>) -> Option<f64>;
 
 /// What there are charts of: a name for the file, the meaning, the figure.
-const FIGURES: [(&str, &str, Figure); 5] = [
+const FIGURES: [(&str, &str, Figure); 6] = [
     ("iops", "requests per second", |cell| Some(cell.ours?.iops.median)),
     ("p99", "99 % of requests take at most, in microseconds", |cell| Some(cell.ours?.p99_us)),
     ("io-cpu", "CPU time of a request outside the vCPU, in microseconds", |cell| Some(cell.ours?.io_us)),
+    ("submissions", "io_submit or io_uring_enter calls for a request", |cell| cell.ours?.submissions),
     ("of-host", "requests per second, as a part of the host's without a machine", |cell| {
         Some(cell.host?.ratio?.median)
     }),

@@ -9,7 +9,7 @@ use super::{Measured, Middle, Results, Sample, Subject};
 /// The columns. Their meaning is that of the JSON fields of the same names; the last six are of the cell's summary.
 const COLUMNS: &str = "content,rw,bs,depth,queues,busy,aio,chosen,cache,ioeventfd,poll_us,merge,thread_pool_max,completion,\
                        round,subject,seconds,requests,iops,bytes_per_second,mean_us,min_us,p50_us,p99_us,p999_us,max_us,\
-                       vcpu_us,io_us,io_switches,kicks,interrupts,iops_median,iops_low,iops_high,ratio_median,ratio_low,\
+                       vcpu_us,io_us,io_switches,kicks,interrupts,batch,submissions,iops_median,iops_low,iops_high,ratio_median,ratio_low,\
                        ratio_high";
 
 impl Results {
@@ -40,12 +40,13 @@ fn line(measured: &Measured, round: usize, subject: Subject, sample: &Sample) ->
     let rates = [sample.iops, sample.bytes_per_second].map(Some);
     let latencies = [latency.mean, latency.min, latency.p50, latency.p99, latency.p999, latency.max].map(Some);
     let costs = [sample.vcpu_us, Some(sample.io_us), Some(sample.io_switches), sample.kicks, sample.interrupts];
+    let handed = [sample.batch, sample.submissions];
     let summary = measured.summary.get(&subject);
     let middles = [summary.map(|summary| summary.iops), summary.and_then(|summary| summary.ratio)];
     let middles = middles.into_iter().flat_map(|middle: Option<Middle>| {
         [middle.map(|middle| middle.median), middle.map(|middle| middle.low), middle.map(|middle| middle.high)]
     });
-    for figure in rates.into_iter().chain(latencies).chain(costs).chain(middles) {
+    for figure in rates.into_iter().chain(latencies).chain(costs).chain(handed).chain(middles) {
         line.push(',');
         let _ = figure.map(|figure| write!(line, "{figure}"));
     }

@@ -19,7 +19,7 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 use super::machine::Machines;
 use super::plan::Cell;
-use super::sample::{Counted, Histogram, Sample};
+use super::sample::{Counted, Handed, Histogram, Sample};
 use super::usage::Usage;
 use crate::config::MemoryConfig;
 use crate::memory;
@@ -68,6 +68,10 @@ pub(super) fn run(cell: &Cell, aio: Aio, path: &Path, machines: &Machines<'_>) -
         used: (None, used),
         kicks: None,
         interrupts: None,
+        handed: Some(Handed {
+            batches: drivers.iter().map(|driver| driver.batches).sum(),
+            submissions: drivers.iter().map(|driver| driver.engine.submissions()).sum(),
+        }),
     };
     Ok(counted.sample())
 }
@@ -97,6 +101,7 @@ struct Driver {
     pushed: Vec<Instant>,
     in_flight: usize,
     started: u64,
+    batches: u64,
     histogram: Histogram,
 }
 
@@ -126,6 +131,7 @@ impl Driver {
             pushed: vec![Instant::now(); depth.into()],
             in_flight: 0,
             started: 0,
+            batches: 0,
             histogram: Histogram::default(),
         })
     }
@@ -138,7 +144,7 @@ impl Driver {
             let op = self.new_op(tag);
             self.push(op, tag, now);
         }
-        self.engine.submit();
+        self.submit(0);
         let mut completions = Vec::with_capacity(self.depth.into());
         while self.in_flight > 0 {
             self.engine.reap(&mut completions);
@@ -149,7 +155,7 @@ impl Driver {
             if stop.load(Ordering::Relaxed) {
                 bail!("interrupted");
             }
-            let now = Instant::now();
+            let (now, before) = (Instant::now(), self.started);
             for Completion { tag, op, result } in completions.drain(..) {
                 result.with_context(|| format!("a request at byte {}", op.offset))?;
                 self.in_flight -= 1;
@@ -160,9 +166,15 @@ impl Driver {
                     self.push(op, tag, now);
                 }
             }
-            self.engine.submit();
+            self.submit(before);
         }
         Ok(Usage::of(process::id())?)
+    }
+
+    /// Hands over what was pushed since `before` had been.
+    fn submit(&mut self, before: u64) {
+        self.batches += u64::from(self.started > before);
+        self.engine.submit();
     }
 
     fn new_op(&self, tag: u16) -> Op {

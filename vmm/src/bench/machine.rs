@@ -1,7 +1,7 @@
 //! A measurement inside a machine: `skiff run` or QEMU as a child process with the guest in it, so that its CPU time is
 //! its own and nothing of it is left afterwards. The guest says when it is ready and when it is done, and waits each time,
 //! so that the counters of the process are read where nothing runs.
-#![expect(unsafe_code, reason = "only between fork and exec can a child be told to end with us")]
+#![expect(unsafe_code, reason = "tells a child to end with us, between fork and exec, and another to speak")]
 
 use std::fmt::Write as _;
 use std::io::{self, BufRead, BufReader, Read, Write};
@@ -19,7 +19,7 @@ use block::engine::threads::DEFAULT_THREADS;
 
 use super::pin::Pin;
 use super::plan::{Cell, Completion, Subject};
-use super::sample::{GuestReport, Sample};
+use super::sample::{GuestReport, Handed, Sample};
 use super::usage::Usage;
 
 /// How long a machine may say nothing, besides the time it measures.
@@ -65,7 +65,7 @@ impl Machines<'_> {
         let child =
             command.spawn().with_context(|| format!("{} cannot be started", command.get_program().display()))?;
         Conversation::new(child, self.stop, HUNG + self.timing.warm_up + self.timing.runtime)
-            .measure(self.tsc_khz, self.pin.as_ref())
+            .measure(self.tsc_khz, self.pin.as_ref(), subject == Subject::Skiff)
             .with_context(|| format!("{} under {}", describe(cell), subject.name()))
     }
 
@@ -181,6 +181,7 @@ struct Conversation<'a> {
     child: Child,
     stdin: ChildStdin,
     lines: Receiver<String>,
+    errors: Receiver<String>,
     stop: &'a AtomicBool,
     patience: Duration,
     last: String,
@@ -188,20 +189,14 @@ struct Conversation<'a> {
 
 impl<'a> Conversation<'a> {
     fn new(mut child: Child, stop: &'a AtomicBool, patience: Duration) -> Self {
-        let (stdin, stdout) = (child.stdin.take().expect("it is piped"), child.stdout.take().expect("it is piped"));
-        let (sender, lines) = mpsc::channel();
-        // Ends with the child, or when nobody listens any more.
-        thread::spawn(move || {
-            for line in BufReader::new(stdout).split(b'\n').map_while(Result::ok) {
-                if sender.send(String::from_utf8_lossy(&line).trim_end().to_owned()).is_err() {
-                    return;
-                }
-            }
-        });
-        Self { child, stdin, lines, stop, patience, last: String::new() }
+        let stdin = child.stdin.take().expect("it is piped");
+        let lines = lines_of(child.stdout.take().expect("it is piped"));
+        let errors = lines_of(child.stderr.take().expect("it is piped"));
+        Self { child, stdin, lines, errors, stop, patience, last: String::new() }
     }
 
-    fn measure(&mut self, tsc_khz: u32, pin: Option<&Pin>) -> anyhow::Result<Sample> {
+    /// `counts`: SIGUSR1 makes it print its statistics.
+    fn measure(&mut self, tsc_khz: u32, pin: Option<&Pin>, counts: bool) -> anyhow::Result<Sample> {
         self.wait_for(|line| (line == "# bench ready").then_some(()))?;
         if let Some(pin) = pin {
             pin.vcpus(&Usage::of(self.child.id())?)?;
@@ -210,6 +205,7 @@ impl<'a> Conversation<'a> {
         self.stdin.write_all(b"\n")?;
         self.wait_for(|line| (line == "# bench done").then_some(()))?;
         let after = Usage::of(self.child.id())?;
+        let handed = if counts { self.statistics()? } else { None };
         self.stdin.write_all(b"\n")?;
         let report = self.wait_for(GuestReport::parse)?;
         let status = self.child.wait()?;
@@ -218,7 +214,23 @@ impl<'a> Conversation<'a> {
             self.wait_for::<()>(|_| None)?;
         }
         let used = |vcpu: bool| after.since(&before, |name| is_vcpu(name) == vcpu);
-        Ok(report.sample(tsc_khz, (used(true), used(false))))
+        Ok(report.sample(tsc_khz, (used(true), used(false)), handed))
+    }
+
+    /// What the disk of a skiff that waits has counted. Without `--stats` it does not read the clock for that.
+    fn statistics(&mut self) -> anyhow::Result<Option<Handed>> {
+        let child = libc::pid_t::try_from(self.child.id()).context("the number of a process")?;
+        // SAFETY: it takes numbers; the child was not waited for, so the number is its.
+        if unsafe { libc::kill(child, libc::SIGUSR1) } != 0 {
+            return Err(io::Error::last_os_error()).context("asking for its statistics");
+        }
+        let mut text = String::new();
+        // The last line that there is if requests were served.
+        while !text.contains("\n  batches: ") {
+            let line = self.errors.recv_timeout(HUNG).context("it says nothing of its disk")?;
+            text.extend([line.as_str(), "\n"]);
+        }
+        Ok(Handed::parse(&text))
     }
 
     /// Waits for a line that means something to `wanted`.
@@ -248,13 +260,23 @@ impl<'a> Conversation<'a> {
 
     /// What a machine that ended too early said.
     fn failure(&mut self) -> anyhow::Error {
-        let mut errors = String::new();
-        if let Some(mut stderr) = self.child.stderr.take() {
-            let _ = stderr.read_to_string(&mut errors);
-        }
-        let last = errors.lines().last().filter(|line| !self.last.starts_with("not ok") && !line.is_empty());
-        anyhow::anyhow!("{}", last.map_or(self.last.as_str(), without_name))
+        let last = self.errors.iter().last().filter(|line| !self.last.starts_with("not ok") && !line.is_empty());
+        anyhow::anyhow!("{}", last.as_ref().map_or(self.last.as_str(), |line| without_name(line)))
     }
+}
+
+/// The lines of a pipe as they come, without what ends them.
+fn lines_of(pipe: impl Read + Send + 'static) -> Receiver<String> {
+    let (sender, lines) = mpsc::channel();
+    // Ends with the child, or when nobody listens any more.
+    thread::spawn(move || {
+        for line in BufReader::new(pipe).split(b'\n').map_while(Result::ok) {
+            if sender.send(String::from_utf8_lossy(&line).trim_end().to_owned()).is_err() {
+                return;
+            }
+        }
+    });
+    lines
 }
 
 impl Drop for Conversation<'_> {

@@ -102,6 +102,12 @@ pub struct Summary {
     pub io_switches: f64,
     /// See `p50_us`.
     pub kicks: Option<f64>,
+    /// See `p50_us`.
+    pub interrupts: Option<f64>,
+    /// See `p50_us`.
+    pub batch: Option<f64>,
+    /// See `p50_us`.
+    pub submissions: Option<f64>,
     /// The interval of `iops` is too wide to say anything.
     pub noise: bool,
 }
@@ -137,6 +143,9 @@ impl Measured {
             io_us: always(|sample| Some(sample.io_us)),
             io_switches: always(|sample| Some(sample.io_switches)),
             kicks: median(|sample| sample.kicks),
+            interrupts: median(|sample| sample.interrupts),
+            batch: median(|sample| sample.batch),
+            submissions: median(|sample| sample.submissions),
             noise: iops.is_noise(),
         })
     }

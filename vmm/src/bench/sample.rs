@@ -114,6 +114,10 @@ pub struct Sample {
     pub kicks: Option<f64>,
     /// Interrupts per request. None on the host.
     pub interrupts: Option<f64>,
+    /// Requests that go to the engine at once. None of QEMU, which does not count them.
+    pub batch: Option<f64>,
+    /// io_submit or io_uring_enter calls per request. None of QEMU, and of threads, which make a call for each request.
+    pub submissions: Option<f64>,
 }
 
 /// What is counted, before it is divided.
@@ -130,6 +134,33 @@ pub(super) struct Counted {
     pub(super) used: (Option<Used>, Used),
     pub(super) kicks: Option<u64>,
     pub(super) interrupts: Option<u64>,
+    pub(super) handed: Option<Handed>,
+}
+
+/// How requests went to the engine, if it is known.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Handed {
+    /// How often some went there at once.
+    pub(super) batches: u64,
+    /// System calls of the engine that gave them to the kernel; 0 of threads.
+    pub(super) submissions: u64,
+}
+
+impl Handed {
+    /// From the statistics that a running skiff prints (docs/statistics.md), the sum of all queues; nothing of other text.
+    pub(super) fn parse(text: &str) -> Option<Self> {
+        let queues = text.lines().filter(|line| line.trim_start().starts_with("queue "));
+        let mut sum = None::<Self>;
+        for line in queues {
+            let words: Vec<&str> = line.split([' ', ',']).filter(|word| !word.is_empty()).collect();
+            let before = |name: &str| words.windows(2).find(|pair| pair[1] == name)?[0].parse::<u64>().ok();
+            let (batches, submissions) = (before("batches")?, before("submissions")?);
+            let sum = sum.get_or_insert_default();
+            sum.batches += batches;
+            sum.submissions += submissions;
+        }
+        sum
+    }
 }
 
 impl Counted {
@@ -148,6 +179,8 @@ impl Counted {
             io_switches: each(self.used.1.switches),
             kicks: self.kicks.map(each),
             interrupts: self.interrupts.map(each),
+            batch: self.handed.map(|handed| self.started as f64 / handed.batches.max(1) as f64),
+            submissions: self.handed.filter(|handed| handed.submissions > 0).map(|handed| each(handed.submissions)),
         }
     }
 }
@@ -173,8 +206,8 @@ impl GuestReport {
         report.histogram.iter().all(|(index, _)| *index < BUCKETS).then_some(report)
     }
 
-    /// With a TSC of `tsc_khz`, and the CPU time of the vCPU and of all else.
-    pub(super) fn sample(&self, tsc_khz: u32, used: (Used, Used)) -> Sample {
+    /// With a TSC of `tsc_khz`, the CPU time of the vCPU and of all else, and what the machine counted.
+    pub(super) fn sample(&self, tsc_khz: u32, used: (Used, Used), handed: Option<Handed>) -> Sample {
         let (sum, min, max) = (self.latency_sum, self.latency_min, self.latency_max);
         let mut histogram = Histogram { sum, min, max, ..Histogram::default() };
         for &(index, count) in &self.histogram {
@@ -189,6 +222,7 @@ impl GuestReport {
             used: (Some(used.0), used.1),
             kicks: Some(self.kicks),
             interrupts: Some(self.interrupts),
+            handed,
         };
         counted.sample()
     }
@@ -210,11 +244,14 @@ mod tests {
         let report = GuestReport::parse(LINE).unwrap();
         // 2 GHz: one second, 2000 ticks are a microsecond.
         let used = (Used { cpu: 5_000_000, switches: 1 }, Used { cpu: 10_000, switches: 10 });
-        let sample = report.sample(2_000_000, used);
+        let handed = Handed { batches: 2, submissions: 3 };
+        let sample = report.sample(2_000_000, used, Some(handed));
         assert_eq!((sample.seconds, sample.requests, sample.iops), (1.0, 4, 4.0));
         assert_eq!((sample.bytes_per_second, sample.latency_us.mean), (16384.0, 65.0 / 2000.0));
         assert_eq!((sample.vcpu_us, sample.io_us, sample.io_switches), (Some(1000.0), 2.0, 2.0));
         assert_eq!((sample.kicks, sample.interrupts), (Some(1.0), Some(0.0)));
+        assert_eq!((sample.batch, sample.submissions), (Some(2.5), Some(0.6)));
+        assert_eq!(report.sample(1, used, Some(Handed { submissions: 0, ..handed })).submissions, None);
         let latency = sample.latency_us;
         assert_eq!((latency.min, latency.p50, latency.max), (0.005, 0.01, 0.1));
     }
@@ -227,9 +264,17 @@ mod tests {
     }
 
     #[test]
+    fn what_a_machine_counts_of_its_disk() {
+        let text = "disk disk0\n  queue 0: 13 requests, 8 batches, 5 merged, 4 submissions, 7 kicks, 6 interrupts\n  \
+                    queue 1: 1 requests, 1 batches, 0 merged, 0 submissions, 1 kicks, 1 interrupts\n  batches: 9 of 1\n";
+        assert_eq!(Handed::parse(text), Some(Handed { batches: 9, submissions: 4 }));
+        assert_eq!((Handed::parse(""), Handed::parse("queue 0: idle\n")), (None, None));
+    }
+
+    #[test]
     fn a_measurement_of_nothing_is_zero() {
         let line = r#"bench {"block":512,"ticks":0,"started":0,"kicks":0,"interrupts":0,"latency_sum":0,"latency_min":0,"latency_max":0,"histogram":[]}"#;
-        let sample = GuestReport::parse(line).unwrap().sample(1, (Used::default(), Used::default()));
+        let sample = GuestReport::parse(line).unwrap().sample(1, (Used::default(), Used::default()), None);
         assert_eq!((sample.iops, sample.latency_us), (0.0, Latency::default()));
     }
 

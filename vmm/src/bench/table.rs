@@ -24,7 +24,9 @@ impl fmt::Display for Results {
         }
         writeln!(out, "\n* fastest   ? the interval is wider than {:.0} %: worthless", NOISE * 100.0)?;
         writeln!(out, "{}", Confidence(self.manifest.repeat))?;
-        writeln!(out, "io us: CPU time of a request in all threads but the vCPU's; the guest polls")?;
+        writeln!(out, "io us: CPU time of a request in all threads but the vCPU's")?;
+        writeln!(out, "kicks, intr, calls: doorbells, interrupts, io_submit or io_uring_enter calls for a request")?;
+        writeln!(out, "batch: requests that went to the engine at once")?;
         if !self.complete {
             writeln!(out, "INTERRUPTED: not all was measured")?;
         }
@@ -82,7 +84,8 @@ fn write_table(out: &mut fmt::Formatter<'_>, table: &[Measured]) -> fmt::Result 
     for subject in &compared {
         write!(out, "{:>9} {:<12}", format!("/ {}", subject.name()), "")?;
     }
-    writeln!(out, "{:>9}{:>9}{:>8}{:>7}", "p50 us", "p99 us", "io us", "kicks")?;
+    write!(out, "{:>9}{:>9}{:>8}", "p50 us", "p99 us", "io us")?;
+    writeln!(out, "{:>7}{:>7}{:>7}{:>7}", "kicks", "intr", "batch", "calls")?;
     let ours = |row: &Measured| row.summary.get(&Subject::Skiff).map(|summary| summary.iops.median);
     let best = table.iter().filter_map(ours).fold(0.0, f64::max);
     for row in table {
@@ -127,7 +130,7 @@ fn write_row(
     let mark = if summary.is_some_and(|summary| summary.iops.median >= best) { '*' } else { ' ' };
     write!(out, "{mark} {:<9}{cache:<width$}", way.aio_name())?;
     if let Some(summary) = summary {
-        let Summary { iops, p50_us, p99_us, io_us, kicks, noise, .. } = summary;
+        let Summary { iops, p50_us, p99_us, io_us, kicks, interrupts, batch, submissions, noise, .. } = summary;
         let bar = "#".repeat(((iops.median / best.max(1.0)) * BAR as f64).round() as usize);
         let interval = range(*iops, |value| figure(work, value));
         let doubt = if *noise { '?' } else { ' ' };
@@ -141,7 +144,11 @@ fn write_row(
             let doubt = if ratio.is_noise() { '?' } else { ' ' };
             write!(out, "{:>8.2}{doubt} {:<12}", ratio.median, range(ratio, |value| format!("{value:.2}")))?;
         }
-        writeln!(out, "{p50_us:>9.1}{p99_us:>9.1}{io_us:>8.2}{:>7.2}", kicks.unwrap_or_default())?;
+        write!(out, "{p50_us:>9.1}{p99_us:>9.1}{io_us:>8.2}")?;
+        for count in [kicks, interrupts, batch, submissions] {
+            write!(out, "{:>7}", count.map_or_else(|| "-".to_owned(), |count| format!("{count:.2}")))?;
+        }
+        writeln!(out)?;
     } else {
         writeln!(out, "{:>8}", "-")?;
     }

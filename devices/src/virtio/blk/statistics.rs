@@ -6,7 +6,7 @@ use std::ops::AddAssign;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use block::engine::OpKind;
+use block::engine::{Engine, OpKind};
 
 use super::request::{Action, Status};
 use crate::statistics::{Counter, Durations, SIZES, Sizes};
@@ -133,6 +133,7 @@ pub(super) struct Queue {
     kicks: Counter,
     interrupts: Counter,
     merged: Counter,
+    submissions: Counter,
     batches: Sizes,
     /// Locked by the worker once a batch, and only if nobody copies them just then.
     latencies: Option<Mutex<Stages>>,
@@ -147,6 +148,7 @@ impl Queue {
             kicks: Counter::default(),
             interrupts: Counter::default(),
             merged: Counter::default(),
+            submissions: Counter::default(),
             batches: Sizes::default(),
             latencies: latencies.then(Mutex::default),
         }
@@ -162,6 +164,7 @@ impl Queue {
             kicks: self.kicks.get(),
             interrupts: self.interrupts.get(),
             merged: self.merged.get(),
+            submissions: self.submissions.get(),
             batches: self.batches.get(),
             latencies: latencies.map(|stages| stages.lock().unwrap_or_else(PoisonError::into_inner).clone()),
         }
@@ -188,6 +191,8 @@ pub struct Snapshot {
     pub interrupts: u64,
     /// Requests that went to the host together with a neighbour before them, in one transfer.
     pub merged: u64,
+    /// System calls that gave requests to the kernel: io_submit, io_uring_enter. None of a pool of threads.
+    pub submissions: u64,
     /// How many requests went to the engine at once, in the classes of [`Sizes`].
     pub batches: [u64; SIZES],
     /// How long the requests that went to the engine took, if that is recorded.
@@ -204,6 +209,7 @@ impl AddAssign<&Self> for Snapshot {
         self.kicks += other.kicks;
         self.interrupts += other.interrupts;
         self.merged += other.merged;
+        self.submissions += other.submissions;
         if let Some(from) = &other.latencies {
             let to = self.latencies.get_or_insert_default();
             to.iter_mut().zip(from).for_each(|(to, from)| to.merge(from));
@@ -234,8 +240,9 @@ pub(super) struct Recorder {
     /// The time, as far as this part of the round is concerned.
     now: Option<Instant>,
     started: Instant,
-    /// How many the engine had merged when last asked.
+    /// How many the engine had merged when last asked, and how often it had called the kernel.
     merged: u64,
+    submissions: u64,
 }
 
 impl Recorder {
@@ -250,6 +257,7 @@ impl Recorder {
             now: None,
             started,
             merged: 0,
+            submissions: 0,
         }
     }
 
@@ -264,9 +272,11 @@ impl Recorder {
         self.batch.push(head);
     }
 
-    /// What was handed is about to be submitted. Its engine has merged so many in all.
-    pub(super) fn submitting(&mut self, merged: u64) {
+    /// What was handed is about to be submitted to `engine`, which has done what was submitted before.
+    pub(super) fn submitting(&mut self, engine: &dyn Engine) {
+        let (merged, submissions) = (engine.merged(), engine.submissions());
         self.queue.merged.add(merged - mem::replace(&mut self.merged, merged));
+        self.queue.submissions.add(submissions - mem::replace(&mut self.submissions, submissions));
         self.queue.batches.record(self.batch.len());
         if self.queue.latencies.is_some() && !self.batch.is_empty() {
             let now = Instant::now();

@@ -169,7 +169,7 @@ impl QueueWorker {
         // Before anything is started: meanwhile the driver goes on with what it has.
         self.tell();
         let taken = self.take()? | self.start_waiting();
-        self.record.submitting(self.engine.merged());
+        self.record.submitting(&*self.engine);
         self.engine.submit();
         self.tell();
         let busy = completed || taken;

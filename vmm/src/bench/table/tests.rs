@@ -23,6 +23,8 @@ fn sample(iops: f64, vcpu: bool) -> Sample {
         io_switches: 0.5,
         kicks: vcpu.then_some(0.25),
         interrupts: vcpu.then_some(0.0),
+        batch: Some(8.0),
+        submissions: vcpu.then_some(0.125),
     }
 }
 
@@ -79,21 +81,23 @@ skiff 0.1.0, Linux 6.1, A processor x 2, hardware KVM
 disk: /nonexistent, files of 1G; 3 x 1 s a cell, seed 7
 
 written file, randread 4k, depth 32
-  engine   cache                  IOPS                               / host                p50 us   p99 us   io us  kicks
-  threads  none                 41.0k? (40.0k-60.0k)    #####         0.51? (0.50-0.75)      40.0    123.5    3.46   0.25
-* native   none,ioeventfd=off   82.0k  (80.0k-84.0k)    ##########    0.82  (0.80-0.84)      40.0    123.5    3.46   0.25
+  engine   cache                  IOPS                               / host                p50 us   p99 us   io us  kicks   intr  batch  calls
+  threads  none                 41.0k? (40.0k-60.0k)    #####         0.51? (0.50-0.75)      40.0    123.5    3.46   0.25   0.00   8.00   0.12
+* native   none,ioeventfd=off   82.0k  (80.0k-84.0k)    ##########    0.82  (0.80-0.84)      40.0    123.5    3.46   0.25   0.00   8.00   0.12
 
 written file, randread 1m, depth 32
-  engine   cache         MiB/s                               / host                p50 us   p99 us   io us  kicks
-  threads  none          1050  (1000-1100)      #####         1.05  (1.00-1.10)      40.0    123.5    3.46   0.25
-* auto     none          2000  (2000-2000)      ##########    2.00  (2.00-2.00)      40.0    123.5    3.46   0.25
+  engine   cache         MiB/s                               / host                p50 us   p99 us   io us  kicks   intr  batch  calls
+  threads  none          1050  (1000-1100)      #####         1.05  (1.00-1.10)      40.0    123.5    3.46   0.25   0.00   8.00   0.12
+* auto     none          2000  (2000-2000)      ##########    2.00  (2.00-2.00)      40.0    123.5    3.46   0.25   0.00   8.00   0.12
   auto is io_uring
   io_uring none             -
   failed: it did not start
 
 * fastest   ? the interval is wider than 20 %: worthless
 (low-high): the true median is there with 75 % confidence (--repeat 6: 95 %)
-io us: CPU time of a request in all threads but the vCPU's; the guest polls
+io us: CPU time of a request in all threads but the vCPU's
+kicks, intr, calls: doorbells, interrupts, io_submit or io_uring_enter calls for a request
+batch: requests that went to the engine at once
 INTERRUPTED: not all was measured
 ";
     let shown = results.to_string();
@@ -126,8 +130,10 @@ fn comma_separated_values() {
     let lines: Vec<&str> = csv.strip_suffix("\r\n").unwrap().split("\r\n").collect();
     assert_eq!(lines.len(), 1 + 4);
     let cell = "written,randread,4096,32,1,0,native,,none,off,100,on,16,poll,2";
-    let ours = format!("{cell},skiff,1,1000,60,245760,50,20,40,123.45,200,1000,20,3.456,0.5,0.25,0,55,50,60,,,");
-    let host = format!("{cell},host,1,1000,100,409600,50,20,40,123.45,200,1000,,3.456,0.5,,,100,100,100,0.55,0.5,0.6");
+    let ours =
+        format!("{cell},skiff,1,1000,60,245760,50,20,40,123.45,200,1000,20,3.456,0.5,0.25,0,8,0.125,55,50,60,,,");
+    let host =
+        format!("{cell},host,1,1000,100,409600,50,20,40,123.45,200,1000,,3.456,0.5,,,8,,100,100,100,0.55,0.5,0.6");
     assert_eq!(lines[3..], [ours, host]);
     assert!(lines.iter().all(|line| line.split(',').count() == lines[0].split(',').count()));
 }
