@@ -13,6 +13,7 @@ pub mod irq;
 pub mod kvm;
 pub mod layout;
 pub mod memory;
+pub mod net;
 mod regs;
 pub mod smoke;
 pub mod statistics;

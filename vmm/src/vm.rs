@@ -21,8 +21,6 @@ use block::overlay;
 use devices::acpi::PowerButton;
 use devices::pause::PauseLine;
 use devices::virtio::blk::statistics::Statistics;
-use devices::virtio::net::NetOptions;
-use devices::virtio::net::backend::Backend;
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGUSR1, SIGUSR2};
 
@@ -31,6 +29,7 @@ use crate::config::{DiskConfig, OnReboot, SerialConfig, StatsFormat, VmConfig};
 use crate::console::{Console, ConsoleAction};
 use crate::exit::{ExitLine, ExitReason};
 use crate::kvm;
+use crate::net::{self, OpenNet};
 use crate::statistics::Report;
 use crate::stopping::Stopping;
 use crate::vcpu::VcpuThreads;
@@ -49,16 +48,6 @@ pub struct Resources {
     pub nets: Vec<OpenNet>,
 }
 
-/// A network interface whose back end is open.
-pub struct OpenNet {
-    /// The host's side; it stays open when the guest reboots.
-    pub backend: Arc<Backend>,
-    /// How the guest sees it, and where it is counted.
-    pub options: NetOptions,
-    /// Doorbells arrive through ioeventfds.
-    pub ioeventfd: bool,
-}
-
 /// An image, and what will move its bytes.
 pub struct OpenDisk {
     /// Opened and locked.
@@ -68,7 +57,7 @@ pub struct OpenDisk {
 }
 
 impl Resources {
-    /// Opens every image `config` names. Nothing is written to.
+    /// Opens every image and every network `config` names. Nothing is written to.
     ///
     /// # Errors
     /// One line that names the option, the file and the remedy.
@@ -78,7 +67,8 @@ impl Resources {
         let disks = config.disks.iter().map(|disk| open_disk(disk).context("--disk")).collect::<anyhow::Result<_>>()?;
         check_console_file(config)?;
         let statistics = config.disks.iter().map(|_| Arc::new(Statistics::new(config.stats.is_some()))).collect();
-        Ok(Self { kernel, initrd, disks, statistics, nets: Vec::new() })
+        let nets = net::open(config)?;
+        Ok(Self { kernel, initrd, disks, statistics, nets })
     }
 }
 

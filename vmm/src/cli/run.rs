@@ -4,7 +4,7 @@ use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 
 use clap::Args;
-use skiff::config::{self, BootProtocol, ConfigError, Place, Request, SerialConfig, VmConfig};
+use skiff::config::{self, BootProtocol, ConfigError, NetBackend, Place, Request, SerialConfig, VmConfig};
 use skiff::exit::{self, ExitReason};
 
 use super::Failure;
@@ -12,7 +12,7 @@ use super::Failure;
 /// Run a virtual machine until it powers off
 ///
 /// A flag replaces the same setting of the configuration file as a whole: one --disk replaces all disks of the file. A
-/// comma inside a path of a list (--disk, --serial) is written as two commas. Ctrl-A x on the console ends the machine,
+/// comma inside a path of a list (--disk, --net, --serial) is written as two commas. Ctrl-A x on the console ends the machine,
 /// Ctrl-A h lists the other keys. SIGTERM and SIGINT press the power button; a second one stops at once.
 #[derive(Debug, Args)]
 #[command(after_help = after_help())]
@@ -54,6 +54,19 @@ pub(super) struct RunArgs {
     /// reads or writes; queues share them), burst=TIME (what an idle disk may save up of them) [default: 100ms].
     #[arg(long, value_name = "path=FILE[,KEY=VALUE]...", value_hint = clap::ValueHint::FilePath)]
     disk: Vec<String>,
+    /// A network interface, seen by the guest as virtio-net; repeat for more interfaces
+    ///
+    /// One of: tap=NAME (a TAP or macvtap of the host), tap=,host-ip=192.0.2.1/24 (a TAP that skiff creates, with the host's
+    /// address on it, and that ends with skiff; tap=NAME,host-ip=... gives it a name), fd=N (an open TAP), passt (the host's
+    /// network without root, by the program passt; forward=tcp:2222:22 leads from port 2222 of the host to port 22 of the
+    /// guest, udp:5353:53 and tcp:127.0.0.1:8000-8010:8000 too, and may be repeated), socket=PATH (a Unix socket on which
+    /// passt listens). Further keys: id=NAME, mac=ADDRESS [default: one derived from the machine, the same each time],
+    /// mtu=68..65535 (told to the guest), queues=N (pairs of queues of a TAP, each with a thread) [default: 1],
+    /// queue-size=N (entries, a power of two up to 1024) [default: 256], vhost=on|off|auto (of a TAP: whether the kernel
+    /// moves its frames, by vhost-net) [default: auto, where that is to be had], ioeventfd=on|off, rx-bps=SIZE, tx-bps=SIZE
+    /// (at most so many bytes a second to and from the guest), pps=N (at most so many frames a second).
+    #[arg(long, value_name = "tap=NAME|passt|socket=PATH[,KEY=VALUE]...")]
+    net: Vec<String>,
     /// What COM1 is connected to [default: stdio]
     #[arg(long, value_name = "stdio|file=PATH|pty|socket=PATH|none")]
     serial: Option<String>,
@@ -121,7 +134,9 @@ impl RunArgs {
         ];
         let given = flags.iter().filter_map(|(key, text)| Some((*key, text.as_ref()?)));
         let mut request = Request::default();
-        for (key, text) in given.chain(self.disk.iter().map(|text| ("disk", text))) {
+        let disks = self.disk.iter().map(|text| ("disk", text));
+        let nets = self.net.iter().map(|text| ("net", text));
+        for (key, text) in given.chain(disks).chain(nets) {
             request.set(&Place::flag(&format!("--{key}"), text), key, text)?;
         }
         Ok(request)
@@ -137,6 +152,11 @@ fn absolute(mut vm: VmConfig) -> Result<VmConfig, ConfigError> {
     vm.initrd = vm.initrd.as_deref().map(absolute).transpose()?;
     for disk in &mut vm.disks {
         disk.path = absolute(&disk.path)?;
+    }
+    for net in &mut vm.nets {
+        if let NetBackend::Socket { path, .. } = &mut net.backend {
+            *path = absolute(path)?;
+        }
     }
     if let SerialConfig::File(path) | SerialConfig::Socket(path) = &mut vm.serial {
         *path = absolute(path)?;

@@ -18,13 +18,14 @@ use block::throttle::Limits;
 use toml::de::{DeTable, DeValue};
 
 use super::list::{self, Setting, Settings};
+use super::net;
 use super::options::AUTO;
 use super::place::{ConfigError, Place};
 use super::value::format_size;
-use super::{DISK_KEYS, MEMORY_KEYS, OnReboot, Request, SerialConfig, StatsFormat, VmConfig};
+use super::{DISK_KEYS, MEMORY_KEYS, NET_KEYS, OnReboot, Request, SerialConfig, StatsFormat, VmConfig};
 
 /// The settings of a machine: the keys of a configuration file, and the flags of `skiff run`.
-pub const KEYS: [&str; 12] = [
+pub const KEYS: [&str; 13] = [
     "kernel",
     "initrd",
     "cmdline",
@@ -32,6 +33,7 @@ pub const KEYS: [&str; 12] = [
     "cpus",
     "memory",
     "disk",
+    "net",
     "serial",
     "debug-exit",
     "no-reboot",
@@ -78,6 +80,15 @@ impl Request {
                 Ok(())
             }
             ("disk", _) => Err(place.error(NOT_A_DISK)),
+            ("net", DeValue::Array(interfaces)) => {
+                for net in interfaces {
+                    let line = source.line(net.span().start);
+                    let DeValue::Table(table) = net.get_ref() else { return Err(place.error(NOT_A_NET)) };
+                    self.net(&source.settings("net", line, table, &NET_KEYS)?)?;
+                }
+                Ok(())
+            }
+            ("net", _) => Err(place.error(NOT_A_NET)),
             ("debug-exit", DeValue::Boolean(true)) => {
                 self.debug_exit = Some(Some(super::DEBUG_EXIT_PORT));
                 Ok(())
@@ -96,6 +107,7 @@ impl Request {
 }
 
 const NOT_A_DISK: &str = "a disk is a table; write [[disk]], and path = \"IMAGE\" below it";
+const NOT_A_NET: &str = "an interface is a table; write [[net]], and tap = \"NAME\" or passt = true below it";
 const NOT_A_VALUE: &str = "neither a text, a number nor true or false; write one of those";
 
 /// The file, for finding lines in it.
@@ -138,8 +150,14 @@ impl Source<'_> {
         for entry in self.entries(table) {
             let place = self.place(entry.line, name);
             let key = entry.key.to_owned();
-            let value = scalar(entry.value).ok_or_else(|| place.error(format_args!("{key}: {NOT_A_VALUE}")))?;
-            settings.push(Setting { key, value, place });
+            let values = match entry.value {
+                DeValue::Array(values) if list::REPEATABLE.contains(&entry.key) => {
+                    values.iter().map(|value| scalar(value.get_ref())).collect()
+                }
+                value => scalar(value).map(|value| vec![value]),
+            };
+            let values = values.ok_or_else(|| place.error(format_args!("{key}: {NOT_A_VALUE}")))?;
+            settings.extend(values.into_iter().map(|value| Setting { key: key.clone(), value, place: place.clone() }));
         }
         Settings::new(self.place(line, name), settings, keys)
     }
@@ -223,6 +241,10 @@ pub fn to_toml(vm: &VmConfig) -> Result<String, ConfigError> {
         // The only one there is, written out so that nobody has to guess.
         line(&mut out, "format", text("raw"));
     }
+    for net in &vm.nets {
+        out += "\n[[net]]\n";
+        net::write(&mut out, net)?;
+    }
     Ok(out)
 }
 
@@ -241,17 +263,17 @@ fn write_limits(out: &mut String, limits: &Limits) {
     line(out, "burst", text(&format!("{}ms", burst.as_millis())));
 }
 
-fn line(out: &mut String, key: &str, value: impl Display) {
+pub(super) fn line(out: &mut String, key: &str, value: impl Display) {
     // Writing to a String cannot fail.
     let _ = writeln!(out, "{key} = {value}");
 }
 
 /// `text` with TOML's quotes and escapes.
-fn text(text: &str) -> toml::Value {
+pub(super) fn text(text: &str) -> toml::Value {
     text.into()
 }
 
-fn path(path: &Path) -> Result<&str, ConfigError> {
+pub(super) fn path(path: &Path) -> Result<&str, ConfigError> {
     path.to_str().ok_or_else(|| {
         ConfigError::new(format!("{}: a path that is not UTF-8 cannot be written as TOML; rename it", path.display()))
     })
@@ -260,6 +282,7 @@ fn path(path: &Path) -> Result<&str, ConfigError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::net::tests::any_nets;
     use crate::config::{BootProtocol, Discard, DiskConfig, MemoryConfig};
     use block::throttle::Rates;
     use devices::virtio::blk::errors::OnError;
@@ -331,6 +354,7 @@ mod tests {
             cpus: 2,
             memory: MemoryConfig { size: 3 << 29, hugepages: false, prefault: true, shared: true },
             disks: vec![disk("/vms/root.img", "disk0", None, false), disk("/dev/vg/data", "data", Some("1"), true)],
+            nets: Vec::new(),
             serial: SerialConfig::Socket("/vms/console.sock".into()),
             debug_exit: Some(0xf4),
             on_reboot: OnReboot::Exit,
@@ -358,7 +382,7 @@ mod tests {
             (
                 "kernel = \"k\"\nkernl = \"k\"\n",
                 "/vms/vm.toml:2: unknown key \"kernl\"; did you mean \"kernel\"? (keys: kernel, initrd, cmdline, \
-                 boot-protocol, cpus, memory, disk, serial, debug-exit, no-reboot, grace, stats)",
+                 boot-protocol, cpus, memory, disk, net, serial, debug-exit, no-reboot, grace, stats)",
             ),
             ("\n\ncpus = 0\n", "/vms/vm.toml:3: cpus = 0: a machine has at least 1 CPU"),
             ("cpus = \"two\"\n", "/vms/vm.toml:1: cpus = two: not a number of CPUs; write it like 2"),
@@ -478,7 +502,7 @@ mod tests {
             kernel in any_path(), initrd in proptest::option::of(any_path()), cmdline in "[^\0]{0,40}",
             boot_protocol in prop_oneof![Just(BootProtocol::Auto), Just(BootProtocol::Linux), Just(BootProtocol::Pvh)],
             cpus in 1..u32::MAX, huge_pages in 32..1_u64 << 30, switches: [bool; 4],
-            disks in proptest::collection::vec(any_disk(), 0..3), serial in any_serial(),
+            disks in proptest::collection::vec(any_disk(), 0..3), nets in any_nets(), serial in any_serial(),
             debug_exit in proptest::option::of(0x100..0x200_u16), grace: u32,
             stats in proptest::option::of(proptest::sample::select(&StatsFormat::ALL[..])),
         ) -> VmConfig {
@@ -490,7 +514,7 @@ mod tests {
             VmConfig {
                 kernel, initrd, cmdline, boot_protocol, cpus,
                 memory: MemoryConfig { size: huge_pages << 21, hugepages, prefault, shared },
-                disks, serial, debug_exit,
+                disks, nets, serial, debug_exit,
                 on_reboot: if exit { OnReboot::Exit } else { OnReboot::Restart },
                 grace: Duration::from_secs(grace.into()),
                 stats,
@@ -505,7 +529,7 @@ mod tests {
         }
 
         #[test]
-        fn no_text_panics(text in any::<String>(), near in "((kernel|memory|disk|\\[\\[disk\\]\\]|cpus) ?=? ?[a-z0-9{}\"=,]*\n){0,4}") {
+        fn no_text_panics(text in any::<String>(), near in "((kernel|memory|disk|\\[\\[disk\\]\\]|\\[\\[net\\]\\]|passt|forward|cpus) ?=? ?[a-z0-9{}\"=,]*\n){0,4}") {
             let _ = (read(&text), read(&near));
         }
     }

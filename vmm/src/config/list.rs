@@ -15,7 +15,10 @@ pub(super) struct Setting {
     pub(super) place: Place,
 }
 
-/// The settings of one option, each key known and at most once.
+/// The keys that may be given more than once; in a file as a list.
+pub(super) const REPEATABLE: [&str; 1] = ["forward"];
+
+/// The settings of one option, each key known and, but for [`REPEATABLE`], at most once.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Settings {
     place: Place,
@@ -50,7 +53,8 @@ impl Settings {
             if !keys.contains(&entry.key.as_str()) {
                 return Err(unknown_key(&entry.place, &entry.key, keys));
             }
-            if entries[..at].iter().any(|earlier| earlier.key == entry.key) {
+            let repeatable = REPEATABLE.contains(&entry.key.as_str());
+            if !repeatable && entries[..at].iter().any(|earlier| earlier.key == entry.key) {
                 return Err(entry.place.error(format_args!("{} is given twice; give it once", entry.key)));
             }
         }
@@ -70,6 +74,11 @@ impl Settings {
     /// The setting of `key`, if it was given.
     pub(super) fn get(&self, key: &str) -> Option<&Setting> {
         self.entries.iter().find(|entry| entry.key == key)
+    }
+
+    /// All settings of `key`, in their order.
+    pub(super) fn all(&self, key: &str) -> impl Iterator<Item = &Setting> {
+        self.entries.iter().filter(move |entry| entry.key == key)
     }
 
     /// The value of `key` as `parse` understands it, if it was given.

@@ -8,6 +8,7 @@
 
 mod file;
 mod list;
+mod net;
 mod options;
 mod place;
 mod request;
@@ -24,9 +25,11 @@ use block::throttle::Limits;
 use devices::virtio::blk::errors::OnError;
 
 pub use file::{KEYS, to_toml};
+pub use net::{DataPath, Forward, NET_KEYS, NetBackend, NetConfig, NetRequest, TapSource};
 pub use options::{DISK_KEYS, MEMORY_KEYS, SERIAL_KEYS};
 pub use place::{ConfigError, Place};
 pub use request::{DiskRequest, Request};
+pub(crate) use value::nearest;
 pub use value::{format_size, size as parse_size};
 
 /// The port of isa-debug-exit when none is named: QEMU's default.
@@ -62,6 +65,8 @@ pub struct VmConfig {
     pub memory: MemoryConfig,
     /// The disks, in the order of their PCI slots.
     pub disks: Vec<DiskConfig>,
+    /// The network interfaces, in the order of their PCI slots, after the disks.
+    pub nets: Vec<NetConfig>,
     /// What is connected to COM1.
     pub serial: SerialConfig,
     /// The first of four ports of isa-debug-exit, if there is one. It lies clear of every other device's ports.

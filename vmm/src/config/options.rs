@@ -134,7 +134,7 @@ fn access(settings: &Settings) -> Result<Option<Access>, ConfigError> {
 }
 
 /// The choice of the user between `all`; `None` if nothing is said, or the word that leaves it to skiff if there is one.
-fn choice<T: Copy>(
+pub(super) fn choice<T: Copy>(
     settings: &Settings,
     key: &str,
     auto: Option<&'static str>,

@@ -11,6 +11,7 @@ use block::throttle::Limits;
 use devices::virtio::blk::errors::OnError;
 
 use super::list::Settings;
+use super::net::{self, NetRequest};
 use super::place::{ConfigError, Place};
 use super::{
     BootProtocol, Discard, DiskConfig, MemoryConfig, OnReboot, SerialConfig, StatsFormat, VmConfig, options, value,
@@ -33,6 +34,8 @@ pub struct Request {
     pub memory: Option<MemoryConfig>,
     /// `disk`, all of them.
     pub disks: Option<Vec<DiskRequest>>,
+    /// `net`, all of them.
+    pub nets: Option<Vec<NetRequest>>,
     /// `serial`.
     pub serial: Option<SerialConfig>,
     /// `debug-exit`; the inner `None` is an explicit `off`.
@@ -102,6 +105,7 @@ impl Request {
             "cpus" => self.cpus = Some(value::cpus(text).map_err(wrong)?),
             "memory" => self.memory(&Settings::parse(place, text, "size", &options::MEMORY_KEYS)?)?,
             "disk" => self.disk(&Settings::parse(place, text, "path", &options::DISK_KEYS)?)?,
+            "net" => self.net(&net::settings(place, text)?)?,
             "serial" => self.serial = Some(options::serial(place, text)?),
             "debug-exit" => self.debug_exit = Some(value::debug_exit(text).map_err(wrong)?),
             "no-reboot" => self.no_reboot = Some(value::switch(text).map_err(wrong)?),
@@ -122,8 +126,13 @@ impl Request {
         Ok(())
     }
 
+    pub(super) fn net(&mut self, settings: &Settings) -> Result<(), ConfigError> {
+        self.nets.get_or_insert_default().push(net::request(settings)?);
+        Ok(())
+    }
+
     /// Lays these settings over those of `file`: each that is set here replaces the whole setting of the file. So one
-    /// `--disk` replaces all disks of the file, and `--memory 2G` its hugepages too.
+    /// `--disk` replaces all disks of the file, one `--net` all its interfaces, and `--memory 2G` its hugepages too.
     #[must_use]
     pub fn over(self, file: Self) -> Self {
         Self {
@@ -134,6 +143,7 @@ impl Request {
             cpus: self.cpus.or(file.cpus),
             memory: self.memory.or(file.memory),
             disks: self.disks.or(file.disks),
+            nets: self.nets.or(file.nets),
             serial: self.serial.or(file.serial),
             debug_exit: self.debug_exit.or(file.debug_exit),
             no_reboot: self.no_reboot.or(file.no_reboot),
@@ -156,6 +166,7 @@ impl Request {
             cpus,
             memory: self.memory.unwrap_or_default(),
             disks: disks(self.disks.unwrap_or_default(), cpus)?,
+            nets: net::interfaces(self.nets.unwrap_or_default())?,
             serial: self.serial.unwrap_or_default(),
             debug_exit: self.debug_exit.unwrap_or_default(),
             on_reboot: if self.no_reboot == Some(true) { OnReboot::Exit } else { OnReboot::Restart },
@@ -274,6 +285,7 @@ mod tests {
             cpus: 1,
             memory: MemoryConfig { size: 512 << 20, hugepages: false, prefault: false, shared: false },
             disks: Vec::new(),
+            nets: Vec::new(),
             serial: SerialConfig::Stdio,
             debug_exit: None,
             on_reboot: OnReboot::Restart,
@@ -326,6 +338,7 @@ mod tests {
                     discard: Discard::Ignore,
                 },
             ],
+            nets: Vec::new(),
             serial: SerialConfig::File("console.log".into()),
             debug_exit: Some(0xf4),
             on_reboot: OnReboot::Exit,

@@ -189,7 +189,7 @@ pub(super) fn disk_serial(text: &str) -> Result<String, String> {
 }
 
 /// The candidate a typing slip away from `word`: at most a third of its letters differ.
-pub(super) fn nearest<'a>(word: &str, candidates: &[&'a str]) -> Option<&'a str> {
+pub(crate) fn nearest<'a>(word: &str, candidates: &[&'a str]) -> Option<&'a str> {
     let near = candidates.iter().map(|&candidate| (edits(word, candidate), candidate)).min()?;
     (near.0 <= near.1.len().div_ceil(3)).then_some(near.1)
 }

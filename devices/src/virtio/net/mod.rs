@@ -42,6 +42,7 @@ mod link;
 mod rx;
 mod settings;
 pub mod statistics;
+pub mod stream;
 pub mod tap;
 mod tx;
 mod worker;

@@ -1,0 +1,129 @@
+//! The host's side of networks: what `--net` names is opened and set up here, on the main thread, before the machine
+//! exists. The devices get descriptors.
+
+mod interface;
+pub mod mac;
+mod passt;
+mod tap;
+
+use std::io;
+use std::os::unix::net::UnixStream;
+use std::path::{self, Path};
+use std::sync::Arc;
+
+use anyhow::{Context, anyhow, bail};
+use devices::virtio::net::NetOptions;
+use devices::virtio::net::backend::{Backend, Offloads, Port};
+use devices::virtio::net::stream::{Reconnect, Stream};
+
+use self::mac::Mac;
+use self::passt::Passt;
+use self::tap::OpenTap;
+use crate::config::{DataPath, NetBackend, NetConfig, TapSource, VmConfig};
+
+/// A network interface whose back end is open.
+pub struct OpenNet {
+    /// The host's side; it stays open when the guest reboots.
+    pub backend: Arc<Backend>,
+    /// How the guest sees it, and where it is counted.
+    pub options: NetOptions,
+    /// Doorbells arrive through ioeventfds.
+    pub ioeventfd: bool,
+}
+
+/// Opens the back ends of all interfaces.
+///
+/// # Errors
+/// One line that names the option and the remedy. What was opened is closed then, and what was started ends.
+pub fn open(config: &VmConfig) -> anyhow::Result<Vec<OpenNet>> {
+    let mut nets: Vec<OpenNet> = Vec::with_capacity(config.nets.len());
+    for (number, net) in config.nets.iter().enumerate() {
+        let place = named(&net.backend);
+        let (backend, own) = open_backend(net).with_context(|| place.clone())?;
+        let mac = net.mac.or(own).unwrap_or_else(|| derive(config, number));
+        if let Some(own) = own.filter(|own| *own != mac) {
+            tracing::warn!("{place},mac={mac}: the interface hears {own} only; leave mac= out");
+        }
+        if let Some(other) = nets.iter().find(|other| other.options.mac == mac.octets()) {
+            bail!("{place}: its address {mac} is that of {}; give one of them another with mac=", other.options.id);
+        }
+        tracing::info!("net {}: {place}: address {mac}", net.id);
+        let options = NetOptions {
+            number,
+            id: net.id.clone(),
+            mac: mac.octets(),
+            mtu: net.mtu,
+            queue_size: net.queue_size,
+            limits: net.limits(),
+            statistics: Arc::default(),
+        };
+        nets.push(OpenNet { backend: Arc::new(backend), options, ioeventfd: net.ioeventfd });
+    }
+    Ok(nets)
+}
+
+/// The option, as far as it says what is opened.
+fn named(backend: &NetBackend) -> String {
+    match backend {
+        NetBackend::Tap { source: TapSource::Named { name, .. }, .. } => format!("--net tap={name}"),
+        NetBackend::Tap { source: TapSource::New { name, address: (address, bits), .. }, .. } => {
+            format!("--net tap={},host-ip={address}/{bits}", name.as_deref().unwrap_or_default())
+        }
+        NetBackend::Tap { source: TapSource::Descriptor(fd), .. } => format!("--net fd={fd}"),
+        NetBackend::Passt { .. } => "--net passt".to_owned(),
+        NetBackend::Socket { path, .. } => format!("--net socket={}", path.display()),
+    }
+}
+
+/// The back end, and the address that the interface must have, if it must have one.
+fn open_backend(net: &NetConfig) -> anyhow::Result<(Backend, Option<Mac>)> {
+    match &net.backend {
+        NetBackend::Tap { source, path } => {
+            if *path == DataPath::Kernel {
+                bail!("vhost=on: this build moves all frames itself; leave it out");
+            }
+            let tap = OpenTap::open(source, net.mtu)?;
+            let mac = tap.mac;
+            Ok((tap.backend()?, mac))
+        }
+        NetBackend::Passt { forwards, .. } => {
+            let passt = Passt::new(forwards, net.mtu);
+            let socket = passt.start()?;
+            Ok((stream(socket, Box::new(passt.again()))?, None))
+        }
+        NetBackend::Socket { path, .. } => {
+            let socket = UnixStream::connect(path).map_err(|error| anyhow!("{}", not_connected(path, &error)))?;
+            let path = path.clone();
+            Ok((stream(socket, Box::new(move || UnixStream::connect(&path)))?, None))
+        }
+    }
+}
+
+fn stream(socket: UnixStream, reconnect: Reconnect) -> anyhow::Result<Backend> {
+    let port: Box<dyn Port> = Box::new(Stream::new(socket, reconnect)?);
+    Ok(Backend::new(vec![port], Offloads::NONE))
+}
+
+fn not_connected(path: &Path, error: &io::Error) -> String {
+    let path = path.display();
+    match error.kind() {
+        io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => {
+            format!("nobody listens there; start \"passt --socket {path}\", or let skiff start it: --net passt")
+        }
+        io::ErrorKind::PermissionDenied => "permission denied; passt and skiff must run as the same user".to_owned(),
+        _ => error.to_string(),
+    }
+}
+
+/// The address of the interface at `number` when none is given: it follows from the host, what the machine boots from, and
+/// what the interface is connected to, so it is the same each time and another one for each machine.
+fn derive(config: &VmConfig, number: usize) -> Mac {
+    let absolute = |file: &Path| path::absolute(file).unwrap_or(file.to_owned()).into_os_string().into_encoded_bytes();
+    let host = std::fs::read("/etc/machine-id").unwrap_or_default();
+    let files = [&config.kernel].into_iter().chain(&config.initrd).chain(config.disks.iter().map(|disk| &disk.path));
+    let files: Vec<_> = files.map(|file| absolute(file)).collect();
+    let (network, number) = (named(&config.nets[number].backend), number.to_le_bytes());
+    let mut identity: Vec<&[u8]> = vec![&host, network.as_bytes(), &number];
+    identity.extend(files.iter().map(Vec::as_slice));
+    Mac::derived(&identity)
+}
