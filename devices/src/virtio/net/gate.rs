@@ -34,8 +34,8 @@ impl Limits {
 /// The limits of an interface, shared by its pairs; none if it has none.
 pub(super) type Limited = Option<Arc<Mutex<Throttle>>>;
 
-/// The gate of one direction. A frame is weighed when it has passed, for what comes is not known before; so a frame passes
-/// early, and the next one waits for both.
+/// The gate of one direction. A frame is weighed when it has passed, for what comes is not known before; so one frame passes
+/// early, and the next one waits the longer.
 pub(super) struct Gate {
     throttle: Limited,
     direction: Direction,

@@ -2,13 +2,6 @@
 
 use super::*;
 
-/// The field `status` of the configuration.
-fn status(bench: &Bench) -> u16 {
-    let mut status = [0xff; 2];
-    bench.net.read_config(6, &mut status);
-    u16::from_le_bytes(status)
-}
-
 /// Sends a frame of 100 bytes and waits until the device took it.
 fn send(bench: &mut Bench) {
     bench.fill(DATA, &frame(100));

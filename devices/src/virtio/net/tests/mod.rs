@@ -19,6 +19,8 @@ use crate::virtio::driver::{Driver, readable, writable};
 use crate::virtio::queue::{Segment, Virtqueue};
 
 mod control;
+mod hostile;
+mod limits;
 mod link;
 mod receive;
 
@@ -218,7 +220,12 @@ impl Bench {
     }
 
     fn activate(&mut self) {
-        let queues = (0..).zip(&self.queues[..=self.control]).map(|(index, queue)| ActiveQueue {
+        self.activate_only(|_| true);
+    }
+
+    fn activate_only(&mut self, enabled: impl Fn(u16) -> bool) {
+        let queues = (0..).zip(&self.queues[..=self.control]).filter(|(index, _)| enabled(*index));
+        let queues = queues.map(|(index, queue)| ActiveQueue {
             index,
             queue: Virtqueue::new(queue.driver.layout(), self.features, self.memory.clone()).unwrap(),
             kick: queue.kick.try_clone().unwrap(),
@@ -263,6 +270,13 @@ impl Bench {
     fn counted(&self) -> PairSnapshot {
         self.statistics.snapshot().remove(0)
     }
+}
+
+/// The field `status` of the configuration.
+fn status(bench: &Bench) -> u16 {
+    let mut status = [0xff; 2];
+    bench.net.read_config(6, &mut status);
+    u16::from_le_bytes(status)
 }
 
 /// A frame of `len` bytes behind a header with these `flags` and `gso_type`.

@@ -1,5 +1,9 @@
 //! Frames from the host.
 
+use std::collections::VecDeque;
+
+use proptest::prelude::*;
+
 use super::*;
 
 /// Gives the device a chain of one buffer of `len` bytes for each of `addresses`.
@@ -39,4 +43,139 @@ fn a_large_frame_is_spread_and_shown_at_once() {
     let pieces = used.iter().enumerate().map(|(at, one)| bench.bytes(DATA + at as u64 * 0x1000, one.1 as usize));
     assert!(pieces.collect::<Vec<_>>().concat() == sent);
     assert_eq!(bench.queues[0].driver.used(), None);
+}
+
+#[test]
+fn a_frame_waits_for_room_and_loses_nothing() {
+    let mut bench = Bench::active(PLAIN | MRG_RXBUF | SEGMENTED, 256);
+    let mut sent = frame(5000);
+    bench.hosts[0].send(&sent).unwrap();
+    bench.hosts[0].send(&frame(100)).unwrap();
+    give(&mut bench, [DATA].into_iter(), 1000);
+    give(&mut bench, [DATA + 1000].into_iter(), 2000);
+    give(&mut bench, [DATA + 3000].into_iter(), 3000);
+    assert_eq!(bench.used(0, 3).iter().map(|one| one.1).collect::<Vec<_>>(), [1000, 2000, 2012]);
+    sent[10] = 3;
+    assert!(bench.bytes(DATA, 5012) == sent);
+    give(&mut bench, [DATA].into_iter(), 200);
+    assert_eq!(bench.used(0, 1)[0].1, 112);
+    assert_eq!(bench.counted().rx.drops, [0; DROPS]);
+}
+
+#[test]
+fn what_no_buffer_holds_is_dropped_and_the_next_frame_passes() {
+    // Not mergeable: one chain a frame.
+    let mut bench = Bench::active(PLAIN, 256);
+    bench.hosts[0].send(&frame(1515)).unwrap();
+    bench.hosts[0].send(&frame(1514)).unwrap();
+    give(&mut bench, [DATA].into_iter(), 1526);
+    assert_eq!(bench.used(0, 1)[0].1, 1526);
+    assert_eq!(bench.counted().rx.drops[DropReason::NoBuffer as usize], 1);
+    // Mergeable, and all that the ring holds is not enough.
+    let mut bench = Bench::active(PLAIN | MRG_RXBUF | SEGMENTED, 4);
+    bench.hosts[0].send(&frame(500)).unwrap();
+    bench.hosts[0].send(&frame(300)).unwrap();
+    give(&mut bench, (0..4).map(|at| DATA + at * 0x1000), 100);
+    let lens: Vec<_> = bench.used(0, 4).iter().map(|one| one.1).collect();
+    assert_eq!((lens, bench.counted().rx.drops[DropReason::NoBuffer as usize]), (vec![100, 100, 100, 12], 1));
+}
+
+#[test]
+fn what_is_no_frame_is_dropped() {
+    let mut bench = Bench::active(PLAIN | MRG_RXBUF | SEGMENTED, 256);
+    bench.hosts[0].send(&[0; HEADER - 1]).unwrap();
+    bench.hosts[0].send(&frame(65_554)).unwrap();
+    bench.hosts[0].send(&frame(65_553)).unwrap();
+    give(&mut bench, (0..50).map(|at| DATA + at * 0x1000), 2048);
+    bench.used(0, 33);
+    let counted = bench.counted().rx;
+    assert_eq!((counted.frames, counted.bytes, counted.drops[DropReason::Length as usize]), (1, 65_553, 2));
+}
+
+#[test]
+fn flags_tell_only_what_was_agreed_on() {
+    for (features, flags, seen) in [(PLAIN, 2, 0), (PLAIN | GUEST_CSUM, 2, 2), (PLAIN | GUEST_CSUM, 1, 1)] {
+        let mut bench = Bench::active(features, 256);
+        // DATA_VALID and NEEDS_CSUM (5.1.6).
+        bench.hosts[0].send(&frame_with(flags, 0, 60)).unwrap();
+        give(&mut bench, [DATA].into_iter(), 1526);
+        bench.used(0, 1);
+        assert_eq!(bench.bytes(DATA, 1), [seen]);
+    }
+    // NEEDS_CSUM; TCPV4, TCPV6 with and without ECN, UDP, UDP_L4, and what does not exist.
+    for (flags, gso) in [(1, 0), (0, 1), (0, 4), (0, 0x81), (0, 3), (0, 5), (0, 2)] {
+        let mut bench = Bench::active(PLAIN, 256);
+        bench.hosts[0].send(&frame_with(flags, gso, 60)).unwrap();
+        bench.hosts[0].send(&frame(61)).unwrap();
+        give(&mut bench, [DATA].into_iter(), 1526);
+        assert_eq!(bench.used(0, 1)[0].1, 73, "{flags} {gso}");
+        assert_eq!(bench.counted().rx.drops[DropReason::Offload as usize], 1);
+    }
+}
+
+#[test]
+fn without_room_the_port_is_left_alone() {
+    let mut bench = Bench::active(PLAIN, 256);
+    give(&mut bench, [DATA].into_iter(), 1526);
+    for len in 60..64 {
+        bench.hosts[0].send(&frame(len)).unwrap();
+    }
+    assert_eq!(bench.used(0, 1)[0].1, 72);
+    for len in 61..64 {
+        assert_eq!(bench.queues[0].used(), None);
+        give(&mut bench, [DATA].into_iter(), 1526);
+        assert_eq!(bench.used(0, 1)[0].1, HEADER as u32 + len);
+    }
+}
+
+#[derive(Clone, Debug)]
+enum Step {
+    Give(u32),
+    Send(usize),
+}
+
+fn steps() -> impl Strategy<Value = Vec<Step>> {
+    let step = prop_oneof![4 => (12..4000_u32).prop_map(Step::Give), 1 => (14..30_000_usize).prop_map(Step::Send)];
+    prop::collection::vec(step, 1..60)
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+
+    /// Against 5.1.6.4: a frame fills as many buffers as it needs, in order, all but the last to the brim; the first tells how
+    /// many, and all of them are used at once.
+    #[test]
+    fn any_frames_find_their_place_in_any_buffers(steps in steps(), event_idx: bool) {
+        let features = PLAIN | MRG_RXBUF | SEGMENTED | if event_idx { EVENT_IDX } else { 0 };
+        let mut bench = Bench::active(features, 256);
+        let (mut given, mut sent) = (VecDeque::new(), VecDeque::new());
+        // At the end there is room for all: 5 frames are as much as the sockets hold.
+        for step in steps.into_iter().chain((0..50).map(|_| Step::Give(4000))) {
+            match step {
+                Step::Give(len) => {
+                    let address = DATA + 0x1000 * given.len() as u64;
+                    given.push_back((give(&mut bench, [address].into_iter(), len)[0], address, len));
+                }
+                Step::Send(len) if sent.len() < 5 => {
+                    bench.hosts[0].send(&frame(len)).unwrap();
+                    sent.push_back(frame(len));
+                }
+                Step::Send(_) => {}
+            }
+        }
+        for frame in sent {
+            let mut received = Vec::new();
+            let mut count = 0;
+            while received.len() < frame.len() {
+                let (head, len) = if count == 0 { bench.used(0, 1)[0] } else { bench.queues[0].used().expect("used at once") };
+                let (expected, address, room) = given.pop_front().unwrap();
+                prop_assert_eq!((head, len as usize), (expected, (room as usize).min(frame.len() - received.len())));
+                received.extend(bench.bytes(address, len as usize));
+                count += 1;
+            }
+            prop_assert_eq!(&received[10..12], &[count, 0][..]);
+            prop_assert!(received[12..] == frame[12..]);
+        }
+        prop_assert_eq!(bench.counted().rx.drops, [0; DROPS]);
+    }
 }

@@ -1,0 +1,58 @@
+//! Rate limits. No time is measured: with rates this low, what is over the limit would come in minutes.
+
+use std::num::NonZeroU64;
+
+use super::*;
+
+fn limited(limits: Limits) -> Bench {
+    let mut bench = Bench::new(PLAIN, 256);
+    bench.net.limited = limits.throttle(Instant::now());
+    bench.activate();
+    bench
+}
+
+/// Offers ten frames of 1000 bytes each way. How many passed, when so many did at least.
+fn passed(limits: Limits, least: (usize, usize)) -> (u64, u64) {
+    let mut bench = limited(limits);
+    bench.fill(DATA, &frame(1000));
+    for _ in 0..10 {
+        bench.queues[1].add(&[readable(DATA, 1012)]);
+        bench.queues[0].add(&[writable(DATA + 0x1000, 1526)]);
+        bench.hosts[0].send(&frame(1000)).unwrap();
+    }
+    bench.queues[0].kick.write(1).unwrap();
+    bench.queues[1].kick.write(1).unwrap();
+    bench.used(0, least.0);
+    bench.used(1, least.1);
+    // A reset finds the worker awake, whatever waits.
+    bench.net.reset();
+    let counted = bench.counted();
+    assert_eq!((counted.rx.drops, counted.tx.drops), ([0; DROPS], [0; DROPS]));
+    (counted.rx.frames, counted.tx.frames)
+}
+
+#[test]
+fn what_is_over_the_limit_waits() {
+    let rate = NonZeroU64::new;
+    // In 100 ms they yield less than a frame: one passes and leaves a debt, the next one passes early, all others wait.
+    assert_eq!(passed(Limits { rx_bytes: rate(1024), ..Limits::default() }, (2, 10)), (2, 10));
+    assert_eq!(passed(Limits { tx_bytes: rate(1024), ..Limits::default() }, (10, 2)), (10, 2));
+    let both = Limits { rx_bytes: rate(1024), tx_bytes: rate(1024), frames: None };
+    assert_eq!(passed(both, (2, 2)), (2, 2));
+    // Both ways together: whoever asks next passes early in its own direction.
+    let (received, sent) = passed(Limits { frames: rate(1), ..Limits::default() }, (1, 1));
+    assert!(received >= 1 && sent >= 1 && received + sent <= 3, "{received} {sent}");
+}
+
+#[test]
+fn what_waited_passes_in_time() {
+    // A hundred a second, of which ten at once.
+    let mut bench = limited(Limits { frames: NonZeroU64::new(100), ..Limits::default() });
+    bench.fill(DATA, &frame(100));
+    for _ in 0..30 {
+        bench.queues[1].add(&[readable(DATA, 112)]);
+    }
+    bench.queues[1].kick(30);
+    bench.used(1, 30);
+    assert_eq!(bench.counted().tx.frames, 30);
+}
