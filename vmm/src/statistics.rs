@@ -1,20 +1,27 @@
-//! What `--stats` and SIGUSR1 print: the disks' statistics as text for a person or as one line of JSON for a program,
-//! whose form is in docs/statistics.md. Main thread.
+//! What `--stats` and SIGUSR1 print: the statistics of disks and network interfaces as text for a person or as one line of
+//! JSON for a program, whose form is in docs/statistics.md. Main thread.
+
+mod net;
 
 use std::fmt::{self, Write as _};
 use std::sync::Arc;
 
 use devices::statistics::{Durations, SIZES};
 use devices::virtio::blk::statistics::{KINDS, Kind, Snapshot, Stage, Statistics};
+use devices::virtio::net::statistics::Statistics as NetStatistics;
 use serde_json::{Value, json};
 
+use self::net::Net;
 use crate::config::{DiskConfig, StatsFormat};
 
 /// The part of all requests that a column of latencies stands for, and its name.
 const QUANTILES: [(&str, f64); 4] = [("p50", 0.5), ("p90", 0.9), ("p99", 0.99), ("p99.9", 0.999)];
 
-/// The numbers of all disks at one moment.
-pub struct Report(Vec<Disk>);
+/// The numbers of all disks and interfaces at one moment.
+pub struct Report {
+    disks: Vec<Disk>,
+    nets: Vec<Net>,
+}
 
 struct Disk {
     id: String,
@@ -22,10 +29,16 @@ struct Disk {
 }
 
 impl Report {
-    /// Takes a snapshot of `statistics`, which are those of `disks` in the same order.
-    pub fn new(disks: &[DiskConfig], statistics: &[Arc<Statistics>]) -> Self {
+    /// Takes a snapshot of `statistics`, which are those of `disks` in the same order, and of interfaces with their ids.
+    pub fn new<'a>(
+        disks: &[DiskConfig],
+        statistics: &[Arc<Statistics>],
+        nets: impl Iterator<Item = (&'a str, &'a NetStatistics)>,
+    ) -> Self {
         let disks = disks.iter().zip(statistics);
-        Self(disks.map(|(disk, counted)| Disk { id: disk.id.clone(), queues: counted.snapshot() }).collect())
+        let disk =
+            |(disk, counted): (&DiskConfig, &Arc<Statistics>)| Disk { id: disk.id.clone(), queues: counted.snapshot() };
+        Self { disks: disks.map(disk).collect(), nets: nets.map(|(id, counted)| Net::new(id, counted)).collect() }
     }
 
     /// Whole lines.
@@ -41,7 +54,8 @@ impl Report {
             let queues: Vec<_> = disk.queues.iter().map(queue_json).collect();
             json!({ "id": disk.id, "queues": queues })
         };
-        json!({ "disks": self.0.iter().map(disk).collect::<Vec<_>>() })
+        let nets: Vec<_> = self.nets.iter().map(Net::json).collect();
+        json!({ "disks": self.disks.iter().map(disk).collect::<Vec<_>>(), "nets": nets })
     }
 }
 
@@ -77,10 +91,11 @@ fn durations_json(durations: &Durations) -> Value {
 
 impl fmt::Display for Report {
     fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
-        if self.0.is_empty() {
-            return out.write_str("no disks, no statistics\n");
+        if self.disks.is_empty() && self.nets.is_empty() {
+            return out.write_str("no disks, no network, no statistics\n");
         }
-        self.0.iter().try_for_each(|disk| write_disk(out, disk))
+        self.disks.iter().try_for_each(|disk| write_disk(out, disk))?;
+        self.nets.iter().try_for_each(|net| write!(out, "{net}"))
     }
 }
 
@@ -145,6 +160,10 @@ mod tests {
     use super::*;
     use std::time::Duration;
 
+    fn just(disks: Vec<Disk>) -> Report {
+        Report { disks, nets: Vec::new() }
+    }
+
     fn report(latencies: bool) -> Report {
         let mut durations = Durations::default();
         (0..10).for_each(|_| durations.record(Duration::from_micros(100)));
@@ -167,7 +186,7 @@ mod tests {
             latencies,
         };
         let idle = Snapshot::default();
-        Report(vec![Disk { id: "root".to_owned(), queues: vec![queue, idle] }])
+        just(vec![Disk { id: "root".to_owned(), queues: vec![queue, idle] }])
     }
 
     #[test]
@@ -187,8 +206,8 @@ disk root
         let heading = "  µs              mean       p50       p90       p99     p99.9       max\n";
         assert!(text.starts_with(expected) && text.contains(heading), "{text}");
         assert_eq!(text.lines().filter(|line| line.contains("100.")).count(), 3, "{text}");
-        assert_eq!(Report(Vec::new()).format(StatsFormat::Text), "no disks, no statistics\n");
-        let unused = Report(vec![Disk { id: "data".to_owned(), queues: Vec::new() }]);
+        assert_eq!(just(Vec::new()).format(StatsFormat::Text), "no disks, no network, no statistics\n");
+        let unused = just(vec![Disk { id: "data".to_owned(), queues: Vec::new() }]);
         assert_eq!(unused.format(StatsFormat::Text), "disk data\n  no driver has used it\n");
     }
 

@@ -138,7 +138,10 @@ pub fn run(config: &VmConfig, print: &dyn Fn(&str)) -> anyhow::Result<ExitReason
             none => none.insert(Control::new(config, &exit, &pause)?),
         };
         let machine = board.connect(&mut control.console.borrow_mut())?;
-        let report = |format| print(&Report::new(&config.disks, &resources.statistics).format(format));
+        let report = |format| {
+            let nets = resources.nets.iter().map(|net| (net.options.id.as_str(), &*net.options.statistics));
+            print(&Report::new(&config.disks, &resources.statistics, nets).format(format));
+        };
         let reason = run_machine(machine, control, &|| report(config.stats.unwrap_or(StatsFormat::Text)))?;
         let restart = reason == ExitReason::Reset && config.on_reboot == OnReboot::Restart && !control.is_stopping();
         if !restart {

@@ -79,7 +79,7 @@ pub(super) struct RunArgs {
     /// Seconds between the power button and a stop by force [default: 30]
     #[arg(long, value_name = "SECONDS", allow_hyphen_values = true)]
     grace: Option<String>,
-    /// Print what the disks did when the machine ends, as text or as one line of JSON, to stderr or the log file
+    /// Print what disks and networks did when the machine ends, as text or as one line of JSON, to stderr or the log file
     ///
     /// SIGUSR1 prints the same at any time, as text without this flag. Latencies are recorded with it only.
     #[arg(long, value_name = "text|json|off", num_args = 0..=1, require_equals = true, default_missing_value = "text")]
