@@ -108,8 +108,8 @@ fn a_host_that_takes_nothing_does_not_keep_the_device() {
     bench.net.reset();
     // What was taken is whole, and the frame that waited was not.
     bench.hosts[0].set_nonblocking(true).unwrap();
-    let mut count = 0;
-    while let Ok(len) = bench.hosts[0].recv(&mut [0; 40_000]) {
+    let (mut count, mut received) = (0, vec![0; 40_000]);
+    while let Ok(len) = bench.hosts[0].recv(&mut received) {
         assert_eq!(len, 30_012);
         count += 1;
     }
