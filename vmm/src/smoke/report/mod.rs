@@ -165,9 +165,10 @@ impl Paint {
     }
 }
 
-/// A pipe or a device, such as `/dev/stderr`, which cannot be replaced.
+/// A pipe or a device, or a name of what this process has open, such as `/dev/stderr`: it cannot be replaced.
 fn is_special(path: &Path) -> bool {
-    path.metadata().is_ok_and(|metadata| !metadata.is_file())
+    let is_open_file = ["/dev", "/proc"].iter().any(|folder| path.starts_with(folder));
+    is_open_file || path.metadata().is_ok_and(|metadata| !metadata.is_file())
 }
 
 /// A name in the same folder that nobody else uses. Through a symbolic link: where the file is.
@@ -246,5 +247,15 @@ mod tests {
         let said = full.write(&sample::run()).unwrap_err().to_string();
         assert_eq!(said, "--json /dev/full: no space left; make some, or name a file elsewhere");
         assert!(target(Path::new("-")).is_stdout());
+    }
+
+    #[test]
+    fn what_is_open_is_written_to() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let open = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(file.as_file()));
+        let run = sample::run();
+        target(Path::new(&open)).check().unwrap();
+        target(Path::new(&open)).write(&run).unwrap();
+        assert_eq!(io::read_to_string(file.as_file()).unwrap(), Format::Json.write(&run));
     }
 }

@@ -175,7 +175,8 @@ impl State {
             Event::Planned { tests, jobs } => {
                 self.total = tests.len();
                 if !self.is_terminal {
-                    self.lines.push(format!("{} tests, at most {jobs} at a time", tests.len()));
+                    let plural = if tests.len() == 1 { "" } else { "s" };
+                    self.lines.push(format!("{} test{plural}, at most {jobs} at a time", tests.len()));
                 }
             }
             Event::Started { test, steps, .. } => {
