@@ -364,6 +364,12 @@ impl PairWorker {
         match self.epoll.wait(patience, &mut events) {
             Ok(count) => {
                 let woke = |why| events.iter().take(count).any(|event| event.data() == why);
+                let gone = EventSet::ERROR | EventSet::HANG_UP;
+                let ports = events.iter().take(count).filter(|event| event.data() == PORT);
+                if ports.into_iter().any(|event| event.event_set().intersects(gone)) && !self.lost {
+                    // It may take a moment until the port itself notices, and this is said once.
+                    self.lose("it is gone");
+                }
                 if woke(ROOM) {
                     self.counts.rx.kicked();
                 }

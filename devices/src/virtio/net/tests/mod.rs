@@ -23,6 +23,7 @@ mod hostile;
 mod limits;
 mod link;
 mod receive;
+mod tap;
 
 // virtio 1.2, 5.1.3.
 const GUEST_CSUM: u64 = 1 << 1;
