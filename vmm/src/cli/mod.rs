@@ -28,6 +28,28 @@ struct Cli {
     log: log::LogArgs,
 }
 
+/// `skiff run` alone, for the common case that there is nothing to complain about: the definitions of all the other commands would
+/// only cost time and memory, which a machine then keeps as long as it runs.
+#[derive(Debug, Parser)]
+struct RunCli {
+    #[command(flatten)]
+    args: run::RunArgs,
+    #[command(flatten)]
+    log: log::LogArgs,
+}
+
+impl Cli {
+    /// What `args` say, the name of the program first.
+    fn of(args: &[OsString]) -> Result<Self, clap::Error> {
+        if args.get(1).is_some_and(|name| name == "run")
+            && let Ok(run) = RunCli::try_parse_from(&args[1..])
+        {
+            return Ok(Self { command: Command::Run(Box::new(run.args)), log: run.log });
+        }
+        Self::try_parse_from(args)
+    }
+}
+
 #[derive(Debug, Subcommand)]
 enum Command {
     Run(Box<run::RunArgs>),
@@ -76,7 +98,7 @@ impl From<anyhow::Error> for Failure {
 /// Runs the command in `args`, the name of the program first, and returns the exit code of the process.
 pub(crate) fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
     let args: Vec<OsString> = args.into_iter().collect();
-    let done = match Cli::try_parse_from(&args) {
+    let done = match Cli::of(&args) {
         Ok(cli) => command(cli),
         Err(error) if error.kind() == ErrorKind::InvalidUtf8 => Err(Failure::Usage(not_utf8(&args))),
         Err(error) => no_command(&error),
@@ -155,6 +177,30 @@ mod tests {
     #[test]
     fn the_definition_is_sound() {
         Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn run_alone_is_understood_as_among_all_commands() {
+        for line in [
+            "run --kernel k",
+            "run -vv --kernel k --disk a --disk path=b,readonly=on --log-file l",
+            "run --kernel=k --debug-exit --stats=json -q",
+            "run --config vm.toml --dry-run",
+            "-v run --kernel k",
+            "run --help",
+            "run --kernl k",
+            "run --cpus",
+            "run -q -v",
+            "run run",
+            "doctor",
+        ] {
+            let args: Vec<OsString> = ["skiff"].into_iter().chain(line.split(' ')).map(Into::into).collect();
+            let told =
+                |parsed: Result<Cli, clap::Error>| parsed.map(|cli| format!("{cli:?}")).map_err(|no| no.to_string());
+            assert_eq!(told(Cli::of(&args)), told(Cli::try_parse_from(&args)), "{line}");
+        }
+        let args = ["skiff", "run", "--kernel", "k"].map(OsString::from);
+        assert!(RunCli::try_parse_from(&args[1..]).is_ok(), "the short way is not taken");
     }
 
     #[test]
