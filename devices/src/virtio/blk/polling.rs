@@ -12,6 +12,12 @@ const FIRST: Duration = Duration::from_micros(4);
 /// Looks, of some ten nanoseconds each, between two at the clock.
 const LOOKS: u32 = 16;
 
+/// Who works for the disk gives the CPU back sooner. Whoever keeps it that long has something else to do.
+const LOST: Duration = Duration::from_micros(500);
+
+/// Waits without a look once the CPU was lost; twice as many each time that it is lost again, up to the last.
+const WITHOUT: [u32; 2] = [16, 4096];
+
 /// Whom the worker waits for. A driver that got answers soon has the next requests, a disk takes its time: one does not tell
 /// how long the other will take.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -32,12 +38,16 @@ pub(super) struct Polling {
     awaited: Awaited,
     /// Since when there has been no work.
     idle: Option<Instant>,
+    /// Waits that go without a look, for the CPU is not idle; asleep, the worker is given it at once when there is work.
+    without: u32,
+    /// How many it were the last time.
+    penalty: u32,
 }
 
 impl Polling {
     /// Never looks longer than `max`; zero: not at all.
     pub(super) fn new(max: Duration) -> Self {
-        Self { max, budgets: [Duration::ZERO; 2], awaited: Awaited::Driver, idle: None }
+        Self { max, budgets: [Duration::ZERO; 2], awaited: Awaited::Driver, idle: None, without: 0, penalty: 0 }
     }
 
     /// As if `budget` had been learnt.
@@ -51,10 +61,11 @@ impl Polling {
         if self.max.is_zero() {
             return false;
         }
-        let budget = self.budgets[self.awaited as usize];
+        let budget = if self.without > 0 { Duration::ZERO } else { self.budgets[self.awaited as usize] };
         // Awake for nothing, it has looked already.
         let idle = *self.idle.get_or_insert_with(Instant::now);
-        while idle.elapsed() < budget {
+        let mut looked = idle.elapsed();
+        while looked < budget {
             for _ in 0..LOOKS {
                 if found() {
                     return true;
@@ -64,14 +75,31 @@ impl Polling {
             // Whoever is waited for may need this CPU: a vCPU, a thread of a pool, the kernel's own (linux-aio completes
             // writes on one that is bound to the CPU from which they were submitted).
             thread::yield_now();
+            let now = idle.elapsed();
+            if now.saturating_sub(looked) > LOST {
+                self.lose();
+                break;
+            }
+            looked = now;
         }
         false
+    }
+
+    /// Somebody else needs the CPU.
+    fn lose(&mut self) {
+        self.penalty = (self.penalty * 2).clamp(WITHOUT[0], WITHOUT[1]);
+        self.without = self.penalty;
     }
 
     /// There was work; from now on `awaited` is waited for.
     pub(super) fn worked(&mut self, awaited: Awaited) {
         if let Some(idle) = self.idle.take() {
             self.adapt(idle.elapsed());
+            if self.without > 0 {
+                self.without -= 1;
+            } else {
+                self.penalty = self.penalty.saturating_sub(1);
+            }
         }
         self.awaited = awaited;
     }
@@ -164,6 +192,25 @@ mod tests {
         let idle = polling.idle;
         assert!(idle.is_some() && !polling.look(|| panic!("the budget is used")));
         assert_eq!(polling.idle, idle);
+    }
+
+    #[test]
+    fn a_cpu_that_others_need_is_left_to_them() {
+        let mut polling = Polling::learnt(Duration::from_secs(3600));
+        for expected in [16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 4096] {
+            polling.lose();
+            for _ in 0..expected {
+                assert!(!polling.look(|| panic!("it goes without")));
+                polling.worked(Host);
+            }
+            assert!(polling.look(|| true), "after {expected} waits");
+        }
+        for _ in 0..WITHOUT[1] {
+            assert!(polling.look(|| true));
+            polling.worked(Host);
+        }
+        polling.lose();
+        assert_eq!(polling.without, WITHOUT[0], "after as many good ones it is as at first");
     }
 
     #[test]
