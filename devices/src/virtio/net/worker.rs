@@ -71,6 +71,8 @@ pub(super) struct PairWorker {
     tx: Option<Side<Sender>>,
     control: Option<Side<Control>>,
     copy: Copy,
+    /// The port may have a frame: it said so, and has not said otherwise since.
+    has_frames: bool,
     /// The port passes nothing until it is back.
     lost: bool,
     /// When to look whether it is.
@@ -117,7 +119,20 @@ impl PairWorker {
         watch(&epoll, context.shared.changed(), edge, SETTINGS)?;
         watch(&epoll, context.shared.seen(), edge, SETTINGS)?;
         let next_look = Instant::now();
-        Ok(Self { context, pair, epoll, counts, rx, tx, control, copy, lost: false, next_look, watched: None })
+        Ok(Self {
+            context,
+            pair,
+            epoll,
+            counts,
+            rx,
+            tx,
+            control,
+            copy,
+            has_frames: true,
+            lost: false,
+            next_look,
+            watched: None,
+        })
     }
 
     /// The body of the thread. Ends when `stop` is readable or the driver breaks a queue of the device. Nothing is in flight
@@ -180,7 +195,8 @@ impl PairWorker {
         }
     }
 
-    /// Moves a batch of frames each way and carries a command out; `false` if there was none.
+    /// Moves a batch of frames each way and carries a command out; whether there may be more. Nobody is asked twice for what he
+    /// did not have: he tells when he has.
     fn round(&mut self, port: &mut dyn Port) -> Result<bool, Broken> {
         if self.copy.renew(&self.context.shared) {
             self.take_part(port, self.pair < self.copy.settings.pairs);
@@ -188,7 +204,10 @@ impl PairWorker {
                 self.context.shared.acknowledge();
             }
         }
-        Ok(self.receive(port)? | self.send(port)? | self.obey(port)?)
+        let more = self.receive(port)? | self.send(port)? | self.obey(port)?;
+        // As long as there is no time to listen to it.
+        self.has_frames |= more;
+        Ok(more)
     }
 
     /// Carries out the next command of the driver.
@@ -202,48 +221,47 @@ impl PairWorker {
     }
 
     fn receive(&mut self, port: &mut dyn Port) -> Result<bool, Broken> {
-        let active = !self.lost && self.pair < self.copy.settings.pairs;
+        let active = self.has_frames && !self.lost && self.pair < self.copy.settings.pairs;
         let Some(rx) = self.rx.as_mut().filter(|_| active) else { return Ok(false) };
-        let (mut any, mut lost) = (false, None);
-        for _ in 0..BATCH {
+        let (mut more, mut lost) = (false, None);
+        for left in (0..BATCH).rev() {
             if !rx.gate.is_open() {
                 break;
             }
             match rx.frames.receive(port, &self.copy.settings, &self.counts.rx)? {
-                Received::Frame(bytes) => {
-                    rx.gate.passed(bytes);
-                    any = true;
+                Received::Frame(bytes) => rx.gate.passed(bytes),
+                Received::Dropped => {}
+                Received::Nothing => {
+                    self.has_frames = false;
+                    break;
                 }
-                Received::Dropped => any = true,
-                Received::Nothing | Received::NoRoom => break,
+                Received::NoRoom => break,
                 Received::Lost(error) => {
                     lost = Some(error);
                     break;
                 }
             }
+            more = left == 0;
         }
         tell(&mut rx.frames.queue, rx.index, &self.counts.rx, &self.context);
         if let Some(error) = lost {
             self.lose(error);
         }
-        Ok(any)
+        Ok(more)
     }
 
     fn send(&mut self, port: &mut dyn Port) -> Result<bool, Broken> {
         let Some(tx) = &mut self.tx else { return Ok(false) };
-        let (mut any, mut lost) = (false, None);
+        let (mut more, mut lost) = (false, None);
         tx.blocked = false;
-        for _ in 0..BATCH {
+        for left in (0..BATCH).rev() {
             if !tx.gate.is_open() {
                 break;
             }
             let port: Option<&mut dyn Port> = if self.lost { None } else { Some(&mut *port) };
             match tx.frames.send(port, &self.counts.tx)? {
-                Sent::Frame(bytes) => {
-                    tx.gate.passed(bytes);
-                    any = true;
-                }
-                Sent::Dropped => any = true,
+                Sent::Frame(bytes) => tx.gate.passed(bytes),
+                Sent::Dropped => {}
                 Sent::Nothing => break,
                 Sent::Blocked => {
                     tx.blocked = true;
@@ -254,6 +272,7 @@ impl PairWorker {
                     break;
                 }
             }
+            more = left == 0;
         }
         if !self.lost && lost.is_none() {
             match port.flush() {
@@ -266,9 +285,9 @@ impl PairWorker {
         if let Some(error) = lost {
             // What waits is dropped in the next round.
             self.lose(error);
-            any = true;
+            more = true;
         }
-        Ok(any)
+        Ok(more)
     }
 
     /// Whether notifications of something that is there already were switched on too late.
@@ -331,8 +350,8 @@ impl PairWorker {
         }
         self.next_look = Instant::now() + LOOK;
         if port.is_up() {
-            self.lost = false;
-            self.log("the link is up");
+            (self.lost, self.has_frames) = (false, true);
+            tracing::info!("net {}: the link is up", self.context.id);
             self.set_link(false);
         }
     }
@@ -370,6 +389,7 @@ impl PairWorker {
                     // It may take a moment until the port itself notices, and this is said once.
                     self.lose("it is gone");
                 }
+                self.has_frames |= woke(PORT);
                 if woke(ROOM) {
                     self.counts.rx.kicked();
                 }

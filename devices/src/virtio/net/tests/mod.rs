@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::net::UnixDatagram;
-use std::sync::atomic::{AtomicBool, AtomicU8, Ordering, fence};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering, fence};
 
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
@@ -50,6 +50,8 @@ const UNTOUCHED: u8 = 0xaa;
 struct Ends {
     down: AtomicBool,
     offloads: AtomicU8,
+    /// How often a frame was asked for.
+    receives: AtomicU64,
     /// A bit a port that takes part.
     enabled: AtomicU8,
 }
@@ -79,6 +81,7 @@ impl Port for SocketPort {
     }
     fn receive(&mut self, room: &Buffers<'_>) -> Result<usize, Failure> {
         self.check()?;
+        self.ends.receives.fetch_add(1, Ordering::SeqCst);
         room.read_from(self.file()).map_err(failure)
     }
     fn send(&mut self, frame: &Buffers<'_>) -> Result<(), Failure> {

@@ -128,6 +128,23 @@ fn without_room_the_port_is_left_alone() {
     }
 }
 
+#[test]
+fn nobody_is_asked_twice_for_what_he_does_not_have() {
+    let mut bench = Bench::active(PLAIN | EVENT_IDX, 256);
+    give(&mut bench, (0..100).map(|at| DATA + at * 0x1000), 1526);
+    for round in 0..100 {
+        bench.hosts[0].send(&frame(60)).unwrap();
+        bench.used(0, 1);
+        bench.fill(DATA + 0x10_0000, &frame(60));
+        bench.queues[1].add(&[readable(DATA + 0x10_0000, 72)]);
+        bench.queues[1].kick(1);
+        bench.used(1, 1);
+        // One that brings the frame and one that shows that there are no more; none when the driver sends. And at the start.
+        let receives = bench.ends.receives.load(Ordering::SeqCst);
+        assert!(receives <= 2 * (round + 1) + 2, "{receives} in round {round}");
+    }
+}
+
 #[derive(Clone, Debug)]
 enum Step {
     Give(u32),
