@@ -11,8 +11,9 @@ const fn choice(aio: &'static str, cache: &'static str) -> Choice {
     Choice { aio, cache }
 }
 
-/// Every pair that works together.
-pub(crate) const CHOICES: [Choice; 12] = [
+/// Every pair that works together, and the one that is left to skiff.
+pub(crate) const CHOICES: [Choice; 13] = [
+    choice("auto", "auto"),
     choice("threads", "writeback"),
     choice("threads", "none"),
     choice("threads", "writethrough"),

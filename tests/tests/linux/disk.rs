@@ -4,7 +4,7 @@ use std::path::Path;
 
 use tests::{Machine, Skiff, assets};
 
-fn checksum(path: &Path) -> String {
+pub(crate) fn checksum(path: &Path) -> String {
     let line = assets::tool("sha256sum", &[path.to_str().expect("UTF-8")]);
     line.split(' ').next().expect("a checksum").to_owned()
 }

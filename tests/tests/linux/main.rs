@@ -11,5 +11,6 @@ mod kill;
 mod messages;
 mod power;
 mod serial;
+mod snapshot;
 mod tree;
 mod unbind;
