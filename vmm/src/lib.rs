@@ -2,6 +2,7 @@
 
 pub mod bench;
 pub mod builder;
+mod child;
 pub mod config;
 pub mod console;
 pub mod cpuid;

@@ -34,6 +34,9 @@ use crate::statistics::Report;
 use crate::stopping::Stopping;
 use crate::vcpu::VcpuThreads;
 
+/// What is logged, at level info, when the guest has reset the machine and it starts again.
+pub const RESTART: &str = "the guest reset the machine; starting it again";
+
 /// What the user named, opened and locked once; a reboot of the guest builds a new machine on the same files.
 pub struct Resources {
     /// The kernel image.
@@ -148,7 +151,7 @@ pub fn run(config: &VmConfig, print: &dyn Fn(&str)) -> anyhow::Result<ExitReason
             config.stats.into_iter().for_each(report);
             return Ok(reason);
         }
-        tracing::info!("the guest reset the machine; starting it again");
+        tracing::info!("{RESTART}");
     }
 }
 

@@ -84,6 +84,22 @@ pub(crate) fn wait_for_line() -> bool {
     })
 }
 
+/// Waits, for ever, until the host has sent a line to COM1: its first letters, as many as fit.
+pub(crate) fn read_line(line: &mut [u8]) -> &str {
+    let mut length = 0;
+    loop {
+        while port_in::<u8>(COM1 + 5) & 1 == 0 {}
+        let byte = port_in::<u8>(COM1);
+        if byte == b'\n' {
+            return core::str::from_utf8(&line[..length]).unwrap_or("");
+        }
+        if length < line.len() {
+            line[length] = byte;
+            length += 1;
+        }
+    }
+}
+
 macro_rules! println {
     ($($argument:tt)*) => { $crate::report::print(format_args!("{}\n", format_args!($($argument)*))) };
 }

@@ -19,7 +19,7 @@ const CHUNK: u64 = 1 << 20;
 
 /// A file without a name in a folder, which every process of this user can open.
 #[derive(Debug)]
-pub(super) struct Nameless(File);
+pub(crate) struct Nameless(File);
 
 impl Nameless {
     /// An empty one.
@@ -27,24 +27,26 @@ impl Nameless {
     /// # Errors
     /// What the folder's filesystem says, with the option to change.
     pub(super) fn new(folder: &Path) -> anyhow::Result<Self> {
+        let place = folder.display();
+        Self::make(folder).with_context(|| format!("--dir {place}: no file can be made there; name another folder"))
+    }
+
+    /// The same, with the host's own words.
+    pub(crate) fn make(folder: &Path) -> io::Result<Self> {
         static NEXT: std::sync::atomic::AtomicU32 = std::sync::atomic::AtomicU32::new(0);
         let number = NEXT.fetch_add(1, Ordering::Relaxed);
-        let path = folder.join(format!(".skiff-bench-{}-{number}", std::process::id()));
-        let make = || {
-            let file = OpenOptions::new().read(true).write(true).create_new(true).open(&path)?;
-            fs::remove_file(&path)?;
-            Ok::<_, io::Error>(file)
-        };
-        let place = folder.display();
-        Ok(Self(make().with_context(|| format!("--dir {place}: no file can be made there; name another folder"))?))
+        let path = folder.join(format!(".skiff-{}-{number}", std::process::id()));
+        let file = OpenOptions::new().read(true).write(true).create_new(true).open(&path)?;
+        fs::remove_file(&path)?;
+        Ok(Self(file))
     }
 
     /// Where other processes find it, as long as this lives.
-    pub(super) fn path(&self) -> PathBuf {
+    pub(crate) fn path(&self) -> PathBuf {
         format!("/proc/{}/fd/{}", std::process::id(), self.0.as_raw_fd()).into()
     }
 
-    pub(super) fn write_all(&self, bytes: &[u8]) -> io::Result<()> {
+    pub(crate) fn write_all(&self, bytes: &[u8]) -> io::Result<()> {
         (&self.0).write_all(bytes)
     }
 }

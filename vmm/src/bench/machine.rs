@@ -1,11 +1,9 @@
 //! A measurement inside a machine: `skiff run` or QEMU as a child process with the guest in it, so that its CPU time is
 //! its own and nothing of it is left afterwards. The guest says when it is ready and when it is done, and waits each time,
 //! so that the counters of the process are read where nothing runs.
-#![expect(unsafe_code, reason = "tells a child to end with us, between fork and exec, and another to speak")]
 
 use std::fmt::Write as _;
-use std::io::{self, BufRead, BufReader, Read, Write};
-use std::os::unix::process::CommandExt;
+use std::io::{BufRead, BufReader, Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -21,6 +19,7 @@ use super::pin::Pin;
 use super::plan::{Cell, Completion, Subject};
 use super::sample::{GuestReport, Handed, Sample};
 use super::usage::Usage;
+use crate::child::{end_with_this_thread, signal_group};
 
 /// How long a machine may say nothing, besides the time it measures.
 const HUNG: Duration = Duration::from_secs(60);
@@ -59,8 +58,7 @@ impl Machines<'_> {
             Subject::Qemu => self.qemu(cell, aio, disk),
             Subject::Skiff | Subject::Host => self.skiff(cell, disk)?,
         };
-        // In a group of its own: Ctrl-C is for us, and we end it.
-        command.process_group(0).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
         end_with_this_thread(&mut command);
         let child =
             command.spawn().with_context(|| format!("{} cannot be started", command.get_program().display()))?;
@@ -139,21 +137,6 @@ impl Machines<'_> {
     }
 }
 
-/// However this thread ends, by SIGKILL too, what `command` starts is killed then: its guest waits for us, at full speed.
-fn end_with_this_thread(command: &mut Command) {
-    let parent = std::process::id();
-    let ask = move || {
-        // SAFETY: prctl takes numbers here and touches no memory (PR_SET_PDEATHSIG(2const)).
-        if unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) } != 0 {
-            return Err(io::Error::last_os_error());
-        }
-        // Nobody is left to end with if we are gone already.
-        if std::os::unix::process::parent_id() == parent { Ok(()) } else { Err(io::ErrorKind::Interrupted.into()) }
-    };
-    // SAFETY: between fork and exec `ask` makes two system calls, and neither allocates nor takes a lock.
-    unsafe { command.pre_exec(ask) };
-}
-
 /// QEMU's program.
 pub(super) const QEMU: &str = "qemu-system-x86_64";
 
@@ -219,11 +202,7 @@ impl<'a> Conversation<'a> {
 
     /// What the disk of a skiff that waits has counted. Without `--stats` it does not read the clock for that.
     fn statistics(&mut self) -> anyhow::Result<Option<Handed>> {
-        let child = libc::pid_t::try_from(self.child.id()).context("the number of a process")?;
-        // SAFETY: it takes numbers; the child was not waited for, so the number is its.
-        if unsafe { libc::kill(child, libc::SIGUSR1) } != 0 {
-            return Err(io::Error::last_os_error()).context("asking for its statistics");
-        }
+        signal_group(&self.child, libc::SIGUSR1).context("asking for its statistics")?;
         let mut text = String::new();
         // The last line that there is if requests were served.
         while !text.contains("\n  batches: ") {

@@ -41,7 +41,8 @@ pub use sample::{Latency, Sample};
 pub use stats::{Middle, NOISE};
 
 use busy::Busy;
-use image::{Image, Nameless};
+use image::Image;
+pub(crate) use image::Nameless;
 use machine::{Machines, Timing};
 use pin::Pin;
 

@@ -8,6 +8,7 @@ mod doctor;
 mod log;
 mod man;
 mod run;
+mod smoke;
 
 use std::ffi::OsString;
 use std::io::{self, Write};
@@ -53,6 +54,7 @@ impl Cli {
 #[derive(Debug, Subcommand)]
 enum Command {
     Run(Box<run::RunArgs>),
+    Smoke(Box<smoke::SmokeArgs>),
     Bench(Box<bench::BenchArgs>),
     Disk(disk::DiskArgs),
     Doctor(doctor::DoctorArgs),
@@ -67,6 +69,8 @@ Examples:
         --cmdline \"console=ttyS0 root=/dev/vda rw\" --cpus 2 --memory 1G
   The same machine from a file, with more memory:
     skiff run --config vm.toml --memory 4G
+  Try a kernel or an image: boot it, talk to it, and get a verdict for CI:
+    skiff smoke scenarios/*.toml --junit results.xml
   Which engine is the fastest for disks in this folder:
     skiff bench --dir /var/lib/images
   See on what a disk would run, and why:
@@ -116,6 +120,7 @@ fn command(cli: Cli) -> Result<u8, Failure> {
     cli.log.start()?;
     match cli.command {
         Command::Run(args) => args.run(),
+        Command::Smoke(args) => args.run(),
         Command::Bench(args) => args.run(),
         Command::Disk(args) => args.run(),
         Command::Doctor(args) => args.run(),
@@ -213,7 +218,7 @@ mod tests {
             ("runn", "unrecognized subcommand 'runn'; a similar subcommand exists: 'run'; see --help"),
             (
                 "",
-                "'skiff' requires a subcommand but one was not provided; [subcommands: run, bench, disk, doctor, completions, man, \
+                "'skiff' requires a subcommand but one was not provided; [subcommands: run, smoke, bench, disk, doctor, completions, man, \
                  help]; see --help",
             ),
             ("completions", "the following required arguments were not provided: <SHELL>; see --help"),

@@ -1,10 +1,10 @@
 //! `skiff run`: a machine from flags and a configuration file. Main thread.
 
 use std::fmt::Write as _;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use clap::Args;
-use skiff::config::{self, BootProtocol, ConfigError, NetBackend, Place, Request, SerialConfig, VmConfig};
+use skiff::config::{self, BootProtocol, ConfigError, Place, Request, VmConfig};
 use skiff::exit::{self, ExitReason};
 
 use super::Failure;
@@ -101,7 +101,7 @@ impl RunArgs {
     pub(super) fn run(&self) -> Result<u8, Failure> {
         let vm = self.machine()?;
         if self.dry_run {
-            super::print(&config::to_toml(&absolute(vm)?)?)?;
+            super::print(&config::to_toml(&vm.absolute()?)?)?;
             return Ok(0);
         }
         let reason = start(&vm)?;
@@ -143,27 +143,6 @@ impl RunArgs {
     }
 }
 
-/// The machine with paths that mean the same from every folder.
-fn absolute(mut vm: VmConfig) -> Result<VmConfig, ConfigError> {
-    let absolute = |path: &Path| {
-        std::path::absolute(path).map_err(|error| ConfigError::new(format!("{}: {error}", path.display())))
-    };
-    vm.kernel = absolute(&vm.kernel)?;
-    vm.initrd = vm.initrd.as_deref().map(absolute).transpose()?;
-    for disk in &mut vm.disks {
-        disk.path = absolute(&disk.path)?;
-    }
-    for net in &mut vm.nets {
-        if let NetBackend::Socket { path, .. } = &mut net.backend {
-            *path = absolute(path)?;
-        }
-    }
-    if let SerialConfig::File(path) | SerialConfig::Socket(path) = &mut vm.serial {
-        *path = absolute(path)?;
-    }
-    Ok(vm)
-}
-
 fn after_help() -> String {
     let mut text = EXAMPLES.to_owned();
     for (code, meaning) in exit::CODES {
@@ -191,6 +170,8 @@ mod tests {
     use super::*;
     use crate::cli::{Cli, Command};
     use clap::Parser;
+    use skiff::config::SerialConfig;
+    use std::path::Path;
 
     fn machine(args: &[&str]) -> Result<VmConfig, String> {
         let cli = Cli::try_parse_from(["skiff", "run"].iter().chain(args)).map_err(|error| error.to_string())?;
@@ -258,7 +239,7 @@ mod tests {
     #[test]
     fn a_dry_run_means_the_same_from_every_folder() {
         let vm = machine(&["--kernel", "k", "--disk", "d.img", "--serial", "file=log"]).unwrap();
-        let vm = absolute(vm).unwrap();
+        let vm = vm.absolute().unwrap();
         let here = std::env::current_dir().unwrap();
         assert_eq!((vm.kernel.clone(), vm.serial.clone()), (here.join("k"), SerialConfig::File(here.join("log"))));
         let text = config::to_toml(&vm).unwrap();

@@ -15,6 +15,7 @@ use block::cache::CacheMode;
 use block::choose::Access;
 use block::engine::Aio;
 use block::throttle::Limits;
+use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
 use super::list::{self, Setting, Settings};
@@ -54,10 +55,7 @@ impl Request {
     /// Understands `text`, the content of `path`.
     pub fn from_toml(path: &Path, text: &str) -> Result<Self, ConfigError> {
         let source = Source { path, text };
-        let document = DeTable::parse(text).map_err(|error| {
-            let line = source.line(error.span().map_or(0, |span| span.start));
-            ConfigError::new(format!("{}:{line}: {}", path.display(), error.message().replace('\n', "; ")))
-        })?;
+        let document = source.parse()?;
         let mut request = Self::default();
         for entry in source.entries(document.get_ref()) {
             request.set_entry(&source, &entry)?;
@@ -65,7 +63,8 @@ impl Request {
         Ok(request)
     }
 
-    fn set_entry(&mut self, source: &Source<'_>, entry: &Entry<'_>) -> Result<(), ConfigError> {
+    /// Takes one entry of a table that has the keys of a machine.
+    pub(crate) fn set_entry(&mut self, source: &Source<'_>, entry: &Entry<'_>) -> Result<(), ConfigError> {
         let place = source.place(entry.line, entry.key);
         match (entry.key, entry.value) {
             ("memory", DeValue::Table(table)) => {
@@ -111,30 +110,38 @@ const NOT_A_NET: &str = "an interface is a table; write [[net]], and tap = \"NAM
 const NOT_A_VALUE: &str = "neither a text, a number nor true or false; write one of those";
 
 /// The file, for finding lines in it.
-struct Source<'a> {
-    path: &'a Path,
-    text: &'a str,
+pub(crate) struct Source<'a> {
+    pub(crate) path: &'a Path,
+    pub(crate) text: &'a str,
 }
 
 /// One `key = value` and its line.
-struct Entry<'a> {
-    key: &'a str,
-    line: usize,
-    value: &'a DeValue<'a>,
+pub(crate) struct Entry<'a> {
+    pub(crate) key: &'a str,
+    pub(crate) line: usize,
+    pub(crate) value: &'a DeValue<'a>,
 }
 
-impl Source<'_> {
+impl<'a> Source<'a> {
+    /// The tables and values of the file. An error is one line with its place.
+    pub(crate) fn parse(&self) -> Result<Spanned<DeTable<'a>>, ConfigError> {
+        DeTable::parse(self.text).map_err(|error| {
+            let line = self.line(error.span().map_or(0, |span| span.start));
+            self.place(line, "").error(error.message().replace('\n', "; "))
+        })
+    }
+
     /// The line, from 1, of the byte at `offset`.
-    fn line(&self, offset: usize) -> usize {
+    pub(crate) fn line(&self, offset: usize) -> usize {
         self.text.bytes().take(offset).filter(|&byte| byte == b'\n').count() + 1
     }
 
-    fn place(&self, line: usize, key: &str) -> Place {
+    pub(crate) fn place(&self, line: usize, key: &str) -> Place {
         Place::line(self.path, line, key)
     }
 
     /// The entries of `table` in the order they were written, so that the first mistake is the one complained about.
-    fn entries<'t>(&self, table: &'t DeTable<'_>) -> Vec<Entry<'t>> {
+    pub(crate) fn entries<'t>(&self, table: &'t DeTable<'_>) -> Vec<Entry<'t>> {
         let mut entries: Vec<(usize, Entry<'t>)> = Vec::new();
         for (key, value) in table {
             let at = key.span().start;
@@ -164,7 +171,7 @@ impl Source<'_> {
 }
 
 /// A single value as a flag has it.
-fn scalar(value: &DeValue<'_>) -> Option<String> {
+pub(crate) fn scalar(value: &DeValue<'_>) -> Option<String> {
     match value {
         DeValue::String(text) => Some(text.to_string()),
         DeValue::Integer(number) => Some(number.to_string()),

@@ -109,7 +109,7 @@ impl Setting {
 }
 
 /// The complaint about a key that does not exist: a guess what was meant, and the ones that do.
-pub(super) fn unknown_key(place: &Place, key: &str, keys: &[&str]) -> ConfigError {
+pub(crate) fn unknown_key(place: &Place, key: &str, keys: &[&str]) -> ConfigError {
     let guess = value::nearest(key, keys).map(|near| format!("; did you mean \"{near}\"?")).unwrap_or_default();
     place.error(format_args!("unknown key \"{key}\"{guess} (keys: {})", keys.join(", ")))
 }

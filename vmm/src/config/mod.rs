@@ -15,7 +15,7 @@ mod request;
 mod value;
 
 use std::num::NonZeroUsize;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use block::cache::CacheMode;
@@ -24,7 +24,9 @@ use block::engine::Aio;
 use block::throttle::Limits;
 use devices::virtio::blk::errors::OnError;
 
+pub(crate) use file::{Entry, Source, scalar};
 pub use file::{KEYS, to_toml};
+pub(crate) use list::unknown_key;
 pub use net::{DataPath, Forward, NET_KEYS, NetBackend, NetConfig, NetRequest, TapSource};
 pub use options::{DISK_KEYS, MEMORY_KEYS, SERIAL_KEYS};
 pub use place::{ConfigError, Place};
@@ -77,6 +79,29 @@ pub struct VmConfig {
     pub grace: Duration,
     /// How statistics are printed when the machine ends, if they are.
     pub stats: Option<StatsFormat>,
+}
+
+impl VmConfig {
+    /// The machine with paths that mean the same from every folder.
+    pub fn absolute(mut self) -> Result<Self, ConfigError> {
+        let absolute = |path: &Path| {
+            std::path::absolute(path).map_err(|error| ConfigError::new(format!("{}: {error}", path.display())))
+        };
+        self.kernel = absolute(&self.kernel)?;
+        self.initrd = self.initrd.as_deref().map(absolute).transpose()?;
+        for disk in &mut self.disks {
+            disk.path = absolute(&disk.path)?;
+        }
+        for net in &mut self.nets {
+            if let NetBackend::Socket { path, .. } = &mut net.backend {
+                *path = absolute(path)?;
+            }
+        }
+        if let SerialConfig::File(path) | SerialConfig::Socket(path) = &mut self.serial {
+            *path = absolute(path)?;
+        }
+        Ok(self)
+    }
 }
 
 /// `--boot-protocol`.

@@ -3,13 +3,28 @@
 //! Whoever shows or writes results needs only [`Run`] (what came out, complete in itself: nothing refers to a file or to a
 //! machine that may be gone) and [`Observer`] (what happens meanwhile).
 
+mod checks;
+mod disks;
+mod end;
+mod keys;
 mod observer;
+mod parse;
+mod pattern;
+mod process;
 pub mod report;
 mod result;
+mod runner;
+mod scenario;
+mod session;
+mod shell;
 mod transcript;
+mod trouble;
+mod watcher;
 
 pub use observer::{Event, Observer};
 pub use result::{
     Counts, Failure, Flake, Measure, Outcome, Quote, Run, StepState, TestId, TimedStep, Verdict, Warning,
 };
+pub use runner::{Plan, run};
+pub use scenario::{Cell, Scenario};
 pub use transcript::{Transcript, TranscriptLine};
