@@ -1,13 +1,15 @@
 //! `skiff smoke`: files become scenarios, flags a plan, results go to the terminal and into files. Main thread.
 
+mod new;
+
 use std::fmt::Write as _;
-use std::io::{self, IsTerminal};
+use std::io::{self, IsTerminal, Write as _};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
 use anyhow::Context;
-use clap::{Args, ValueHint};
+use clap::{Args, Subcommand, ValueHint};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use skiff::config::ConfigError;
 use skiff::exit;
@@ -33,13 +35,18 @@ Examples:
     skiff smoke boot.toml --repeat 100 -j 2
   Look for mistakes in a scenario, and see its tests; nothing is started:
     skiff smoke boot.toml --list
+  A first scenario for your kernel and your disk:
+    skiff smoke new --kernel vmlinuz --disk root.img
 
 Exit codes:
   0    all passed
   1    a test failed
   2    usage: flags or scenarios are wrong; nothing was started
-  3    none failed, but the host could not run all of them, or the run was interrupted")]
+  3    none failed, but the host could not run all of them, or the run was interrupted, or results cannot be written")]
+#[command(args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
 pub(super) struct SmokeArgs {
+    #[command(subcommand)]
+    other: Option<Other>,
     /// The scenarios
     #[arg(value_name = "SCENARIO", value_hint = ValueHint::FilePath, required = true)]
     scenarios: Vec<PathBuf>,
@@ -73,8 +80,19 @@ pub(super) struct SmokeArgs {
     html: Option<PathBuf>,
 }
 
+#[derive(Debug, Subcommand)]
+enum Other {
+    New(new::NewArgs),
+}
+
+/// The host could not do what it should: the code that [`smoke::Run::exit_code`] has for it.
+const HOST: u8 = 3;
+
 impl SmokeArgs {
     pub(super) fn run(&self) -> Result<u8, Failure> {
+        if let Some(Other::New(new)) = &self.other {
+            return new.run();
+        }
         let plan = match self.plan() {
             Ok(plan) => plan,
             Err(errors) => {
@@ -105,13 +123,22 @@ impl SmokeArgs {
         let progress = Progress::on_stderr().context("no thread to show progress")?;
         let run = smoke::run(&plan, &stop, &progress);
         progress.finish();
-        if !targets.iter().any(Target::is_stdout) {
+        // Every file is tried before a closed standard output can end this.
+        let failed: Vec<_> = targets.iter().filter_map(|target| target.write(&run).err()).collect();
+        if targets.iter().any(Target::is_stdout) {
+            let summary = summary(&run, colours(io::stderr().is_terminal()));
+            // Somebody who is gone needs none.
+            let _ = io::stderr().write_all(summary.as_bytes());
+        } else {
             super::print(&summary(&run, colours(io::stdout().is_terminal())))?;
         }
-        for target in &targets {
-            target.write(&run)?;
+        for error in &failed {
+            super::log::last_line(&format!("{error:#}"));
         }
-        Ok(run.exit_code())
+        Ok(match run.exit_code() {
+            0 if !failed.is_empty() => HOST,
+            code => code,
+        })
     }
 
     /// Reads all scenarios.

@@ -7,6 +7,7 @@ mod checks;
 mod disks;
 mod end;
 mod keys;
+pub mod new;
 mod observer;
 mod parse;
 mod pattern;
@@ -15,6 +16,8 @@ pub mod report;
 mod result;
 mod runner;
 mod scenario;
+#[cfg(test)]
+mod schema;
 mod session;
 mod shell;
 mod transcript;
