@@ -30,6 +30,10 @@ const BUSY_ROUNDS: u32 = 16;
 /// Frames of one direction after which the other has its turn, and the driver is told.
 const BATCH: usize = 64;
 
+/// Received bytes of which the driver is told before the end of a batch: it works on them while the next are received, and
+/// gives room for more.
+const TELL: usize = 16 << 10;
+
 /// How often to look whether a lost port is back.
 const LOOK: Duration = Duration::from_millis(250);
 
@@ -223,13 +227,16 @@ impl PairWorker {
     fn receive(&mut self, port: &mut dyn Port) -> Result<bool, Broken> {
         let active = self.has_frames && !self.lost && self.pair < self.copy.settings.pairs;
         let Some(rx) = self.rx.as_mut().filter(|_| active) else { return Ok(false) };
-        let (mut more, mut lost) = (false, None);
+        let (mut more, mut lost, mut untold) = (false, None, 0);
         for left in (0..BATCH).rev() {
             if !rx.gate.is_open() {
                 break;
             }
             match rx.frames.receive(port, &self.copy.settings, &self.counts.rx)? {
-                Received::Frame(bytes) => rx.gate.passed(bytes),
+                Received::Frame(bytes) => {
+                    rx.gate.passed(bytes);
+                    untold += bytes;
+                }
                 Received::Dropped => {}
                 Received::Nothing => {
                     self.has_frames = false;
@@ -240,6 +247,10 @@ impl PairWorker {
                     lost = Some(error);
                     break;
                 }
+            }
+            if untold >= TELL {
+                tell(&mut rx.frames.queue, rx.index, &self.counts.rx, &self.context);
+                untold = 0;
             }
             more = left == 0;
         }

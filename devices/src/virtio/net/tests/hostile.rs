@@ -133,3 +133,50 @@ fn a_frame_waits_until_the_host_takes_it() {
     bench.used(1, 100);
     assert_eq!((bench.counted().tx.frames, bench.counted().tx.drops), (100, [0; DROPS]));
 }
+
+#[test]
+fn resets_under_load_lose_no_port() {
+    let mut bench = Bench::with(2, PLAIN | MRG_RXBUF | MQ | EVENT_IDX, 256);
+    let done = Arc::new(AtomicBool::new(false));
+    let hosts: Vec<_> = bench.hosts.drain(..).collect();
+    let threads = hosts.into_iter().map(|host| {
+        let done = done.clone();
+        host.set_nonblocking(true).unwrap();
+        std::thread::spawn(move || {
+            let (frame, mut received) = (frame(1000), vec![0; 2000]);
+            while !done.load(Ordering::SeqCst) {
+                let sent = host.send(&frame);
+                while let Ok(len) = host.recv(&mut received) {
+                    assert!(received[..len] == frame, "a frame is whole or not there");
+                }
+                if sent.is_err() {
+                    std::thread::yield_now();
+                }
+            }
+        })
+    });
+    let threads: Vec<_> = threads.collect();
+    bench.fill(DATA, &frame(1000));
+    for round in 0..100 {
+        for (index, queue) in (0..).zip(&mut bench.queues) {
+            (queue.driver, queue.used) = (Driver::new(bench.memory.clone(), RINGS + index * 0x8000, 256), 0);
+        }
+        bench.activate();
+        for at in 0..32 {
+            for pair in 0..2 {
+                bench.queues[2 * pair].add(&[writable(DATA + 0x10_0000 + at * 0x1000, 0x1000)]);
+                bench.queues[2 * pair + 1].add(&[readable(DATA, 1012)]);
+            }
+        }
+        bench.queues.iter().for_each(|queue| queue.kick(32));
+        // Frames pass in each of its lives; then it ends in the midst of them.
+        bench.used(1 + 2 * (round % 2), 1 + round % 7);
+        bench.used(0, 1 + round % 5);
+        bench.net.reset();
+    }
+    done.store(true, Ordering::SeqCst);
+    for thread in threads {
+        thread.join().unwrap();
+    }
+    assert!(bench.lines.reset.read().is_err(), "no queue broke");
+}
