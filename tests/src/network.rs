@@ -1,4 +1,5 @@
-//! A network of its own for a test: a namespace that is gone when the test is, with TAP interfaces and programs in it.
+//! A network of its own for a test: a namespace that is gone when the test is, with TAP interfaces and programs in it. What
+//! is mounted there is seen there only.
 //! Owned by the test thread.
 
 use std::ffi::OsStr;
@@ -33,7 +34,7 @@ impl Network {
         if is_mapped {
             command.args(["--user", "--map-root-user"]);
         }
-        command.args(["--net", "sh", "-c", "echo; exec cat"]).stdin(Stdio::piped()).stdout(Stdio::piped());
+        command.args(["--net", "--mount", "sh", "-c", "echo; exec cat"]).stdin(Stdio::piped()).stdout(Stdio::piped());
         let mut holder = command.stderr(Stdio::null()).spawn().expect("unshare of util-linux");
         let input = holder.stdin.take().expect("a piped stdin");
         let begun = holder.stdout.as_mut().expect("a piped stdout").read(&mut [0]).expect("a pipe");
@@ -52,7 +53,7 @@ impl Network {
         if self.is_mapped {
             command.args(["--user", "--preserve-credentials"]);
         }
-        command.args(["--net", "--target", &self.holder.id().to_string(), "--"]).arg(program);
+        command.args(["--net", "--mount", "--target", &self.holder.id().to_string(), "--"]).arg(program);
         let path = format!("{}:/usr/sbin:/sbin", std::env::var("PATH").unwrap_or_default());
         command.env("PATH", path);
         command
@@ -132,18 +133,19 @@ impl Network {
         self.run(["ip", "route", "add", "default", "via", Self::GATEWAY]);
     }
 
-    /// passt with an uplink, waiting at `socket`.
+    /// passt, waiting at `socket`. It wants an uplink.
     ///
     /// # Panics
     /// If it does not start.
-    pub fn passt(&self, socket: &Path, arguments: &[&str]) -> Running {
-        self.uplink();
+    pub fn passt(&self, socket: &Path) -> Running {
+        // What an earlier one left.
+        let _ = fs::remove_file(socket);
         // It may end its days as nobody, who must be able to get there.
         let folder = socket.parent().expect("a folder");
         fs::set_permissions(folder, fs::Permissions::from_mode(0o777)).expect("a folder of ours");
         let mut command = Command::new("sh");
         command.args(["-c", "exec \"$@\" 2>&1", "sh", "passt", "--foreground", "--socket", text(socket)]);
-        let running = self.start(command.args(arguments));
+        let running = self.start(&mut command);
         while !socket.exists() {
             thread::sleep(Duration::from_millis(10));
         }

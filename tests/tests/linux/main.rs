@@ -9,6 +9,7 @@ mod disk;
 mod fio;
 mod kill;
 mod messages;
+mod net;
 mod power;
 mod serial;
 mod snapshot;

@@ -2,6 +2,7 @@
 //! was sent, and says so.
 
 mod content;
+mod names;
 mod packet;
 mod tcp;
 mod udp;
@@ -30,6 +31,8 @@ enum Command {
     Frames { interface: String, sizes: Vec<String> },
     /// Send raw frames until the interface is gone
     Flood { interface: String },
+    /// Answer every question for an address, over UDP at port 53 of this address
+    Names { address: String },
     /// Send frames with odd headers for the device
     Odd { interface: String, count: u32 },
 }
@@ -43,6 +46,7 @@ fn main() -> anyhow::Result<()> {
         Command::Echo { interface } => packet::echo(&interface),
         Command::Frames { interface, sizes } => packet::ask(&interface, &all_sizes(&sizes)?),
         Command::Flood { interface } => packet::flood(&interface),
+        Command::Names { address } => names::serve(&address),
         Command::Odd { interface, count } => packet::odd_headers(&interface, count),
     }
 }

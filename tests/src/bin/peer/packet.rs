@@ -24,7 +24,9 @@ const ETHERTYPE: u16 = 0x88b5;
 const ASKING: u8 = 1;
 const ANSWERING: u8 = 2;
 
+/// Frames under way at once, and their bytes, unless it is one: sockets keep no more.
 const WINDOW: usize = 16;
+const WINDOW_BYTES: usize = 32 << 10;
 const TRIES: u32 = 20;
 const PATIENCE: Duration = Duration::from_millis(500);
 
@@ -102,8 +104,16 @@ pub(crate) fn echo(interface: &str) -> anyhow::Result<()> {
 pub(crate) fn ask(interface: &str, sizes: &[usize]) -> anyhow::Result<()> {
     let (content, socket) = (Content::new(), open(interface, false)?);
     socket.set_read_timeout(Some(PATIENCE))?;
-    let mut again = 0;
-    for window in sizes.chunks(WINDOW) {
+    let (mut again, mut rest) = (0, sizes);
+    while !rest.is_empty() {
+        let mut bytes = 0;
+        let fits = |size: &&usize| {
+            bytes += **size;
+            bytes <= WINDOW_BYTES
+        };
+        let count = rest.iter().take(WINDOW).take_while(fits).count().max(1);
+        let window;
+        (window, rest) = rest.split_at(count);
         ensure!(window.iter().all(|&size| (HEADER..PIECE).contains(&size)), "sizes from {HEADER} to {}", PIECE - 1);
         let mut missing: BTreeSet<usize> = window.iter().copied().collect();
         for attempt in 0..TRIES {
@@ -122,19 +132,22 @@ pub(crate) fn ask(interface: &str, sizes: &[usize]) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Sends frames of all sizes up to 1514 bytes, over and over, until the interface is gone or down.
+/// Sends frames of all sizes up to 1514 bytes, over and over, until the interface is gone or down. There are pauses, or with
+/// one CPU nobody else would get anywhere.
 pub(crate) fn flood(interface: &str) -> anyhow::Result<()> {
     let (content, socket) = (Content::new(), open(interface, false)?);
     println!("serving");
-    loop {
-        for size in HEADER..=1514 {
-            match socket.send(&frame(&content, ASKING, size)) {
-                // The queue of the interface is full.
-                Err(error) if error.raw_os_error() == Some(libc::ENOBUFS) => thread::sleep(Duration::from_millis(1)),
-                result => _ = result?,
-            }
+    for size in (HEADER..=1514).cycle() {
+        match socket.send(&frame(&content, ASKING, size)) {
+            // The queue of the interface is full.
+            Err(error) if error.raw_os_error() == Some(libc::ENOBUFS) => {}
+            result => _ = result?,
+        }
+        if size % WINDOW == 0 {
+            thread::sleep(Duration::from_millis(1));
         }
     }
+    Ok(())
 }
 
 /// Takes answers until none is missing or none has come for a while.
