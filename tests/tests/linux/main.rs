@@ -8,6 +8,7 @@ mod discard;
 mod disk;
 mod fio;
 mod kill;
+mod limits;
 mod messages;
 mod net;
 mod power;
