@@ -5,13 +5,14 @@
 use std::fmt::Write as _;
 
 use super::plan::{Subject, Way, Work};
-use super::{Results, Summary};
+use super::{Middle, Results, Summary};
 use crate::config::format_size;
 
 const WIDTH: f64 = 720.0;
-const HEIGHT: f64 = 300.0;
 /// Where the bars are: left, top, right, bottom.
-const PLOT: (f64, f64, f64, f64) = (70.0, 40.0, 700.0, 230.0);
+const PLOT: (f64, f64, f64, f64) = (70.0, 54.0, 700.0, 244.0);
+/// Lines of the legend are so far apart.
+const LINE: f64 = 16.0;
 /// Told apart by everyone, and in print (Okabe and Ito).
 const COLOURS: [&str; 8] = ["#0072b2", "#e69f00", "#009e73", "#d55e00", "#56b4e9", "#cc79a7", "#f0e442", "#000000"];
 /// Lines across the chart.
@@ -23,23 +24,45 @@ pub(super) struct Chart {
     /// A name for a file.
     pub(super) name: String,
     title: String,
+    /// What the figures are.
+    meaning: &'static str,
     groups: Vec<String>,
-    series: Vec<(String, Vec<Option<f64>>)>,
+    series: Vec<(String, Vec<Option<Bar>>)>,
+}
+
+/// A figure, and the interval in which it truly is if that is known.
+#[derive(Clone, Copy, Debug, PartialEq)]
+struct Bar {
+    value: f64,
+    range: Option<(f64, f64)>,
+}
+
+impl From<f64> for Bar {
+    fn from(value: f64) -> Self {
+        Self { value, range: None }
+    }
+}
+
+impl From<Middle> for Bar {
+    fn from(middle: Middle) -> Self {
+        let range = (!middle.is_single()).then_some((middle.low, middle.high));
+        Self { value: middle.median, range }
+    }
 }
 
 /// What a chart shows of a cell.
-type Figure = fn(&Figures<'_>) -> Option<f64>;
+type Figure = fn(&Figures<'_>) -> Option<Bar>;
 
 /// What there are charts of: a name for the file, the meaning, the figure.
 const FIGURES: [(&str, &str, Figure); 6] = [
-    ("iops", "requests per second", |cell| Some(cell.ours?.iops.median)),
-    ("p99", "99 % of requests take at most, in microseconds", |cell| Some(cell.ours?.p99_us)),
-    ("io-cpu", "CPU time of a request outside the vCPU, in microseconds", |cell| Some(cell.ours?.io_us)),
-    ("submissions", "io_submit or io_uring_enter calls for a request", |cell| cell.ours?.submissions),
+    ("iops", "requests per second", |cell| Some(cell.ours?.iops.into())),
+    ("p99", "99 % of requests take at most, in microseconds", |cell| Some(cell.ours?.p99_us.into())),
+    ("io-cpu", "CPU time of a request outside the vCPU, in microseconds", |cell| Some(cell.ours?.io_us.into())),
+    ("submissions", "io_submit or io_uring_enter calls for a request", |cell| Some(cell.ours?.submissions?.into())),
     ("of-host", "requests per second, as a part of the host's without a machine", |cell| {
-        Some(cell.host?.ratio?.median)
+        Some(cell.host?.ratio?.into())
     }),
-    ("of-qemu", "requests per second, as a part of QEMU's", |cell| Some(cell.qemu?.ratio?.median)),
+    ("of-qemu", "requests per second, as a part of QEMU's", |cell| Some(cell.qemu?.ratio?.into())),
 ];
 
 /// The summaries of one cell.
@@ -77,15 +100,24 @@ pub(super) fn charts(results: &Results) -> Vec<Chart> {
             }
             let bs = format_size(work.bs.into()).to_lowercase();
             let (content, rw, queues) = (work.content.name(), work.rw.name(), work.queues);
+            let busy = if work.busy > 0 { format!("-busy{}", work.busy) } else { String::new() };
             charts.push(Chart {
-                name: format!("{content}-{rw}-{bs}-q{queues}-{name}"),
-                title: format!("{content}, {rw} {bs}, {queues} queue{}: {meaning}", if queues > 1 { "s" } else { "" }),
+                name: format!("{content}-{rw}-{bs}-q{queues}{busy}-{name}"),
+                title: title(&work),
+                meaning,
                 groups: depths.iter().map(|depth| format!("depth {depth}")).collect(),
                 series,
             });
         }
     }
     charts
+}
+
+fn title(work: &Work) -> String {
+    let bs = format_size(work.bs.into()).to_lowercase();
+    let plural = if work.queues > 1 { "s" } else { "" };
+    let busy = if work.busy > 0 { format!(", {} busy threads beside it", work.busy) } else { String::new() };
+    format!("{}, {} {bs}, {} queue{plural}{busy}", work.content.name(), work.rw.name(), work.queues)
 }
 
 fn label(way: Way) -> String {
@@ -97,12 +129,17 @@ impl Chart {
     /// The chart as an SVG document.
     pub(super) fn svg(&self) -> String {
         let (left, top, right, bottom) = PLOT;
-        let values = || self.series.iter().flat_map(|(_, values)| values.iter().flatten().copied());
+        let ends = |bar: &Bar| bar.range.map_or(bar.value, |(_, high)| high.max(bar.value));
+        let values = || self.series.iter().flat_map(|(_, values)| values.iter().flatten().map(ends));
         let top_value = round_up(values().fold(0.0, f64::max));
+        let columns = self.columns();
+        let height = bottom + 38.0 + LINE * self.series.len().div_ceil(columns) as f64;
         let mut svg = format!(
-            "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {WIDTH} {HEIGHT}\" font-family=\"sans-serif\" \
-             font-size=\"12\">\n<text x=\"{left}\" y=\"20\" font-size=\"14\">{}</text>\n",
-            escape(&self.title)
+            "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {WIDTH} {height}\" font-family=\"sans-serif\" \
+             font-size=\"12\">\n<text x=\"{left}\" y=\"18\" font-size=\"14\" font-weight=\"bold\">{}</text>\n\
+             <text x=\"{left}\" y=\"36\">{}</text>\n",
+            escape(&self.title),
+            escape(self.meaning)
         );
         for step in 0..=STEPS {
             let part = f64::from(step) / f64::from(STEPS);
@@ -118,7 +155,7 @@ impl Chart {
             let _ =
                 writeln!(svg, "<text x=\"{middle:.1}\" y=\"{below}\" text-anchor=\"middle\">{}</text>", escape(name));
             for (index, (label, values)) in self.series.iter().enumerate() {
-                let Some(value) = values.get(at).copied().flatten() else { continue };
+                let Some(Bar { value, range }) = values.get(at).copied().flatten() else { continue };
                 let height = value / top_value * (bottom - top);
                 let x = start + group * 0.1 + bar * index as f64;
                 let _ = writeln!(
@@ -131,15 +168,38 @@ impl Chart {
                     escape(name),
                     number(value)
                 );
+                let Some((low, high)) = range else { continue };
+                let (middle, y) = (x + bar * 0.45, |value: f64| bottom - value / top_value * (bottom - top));
+                let _ = writeln!(
+                    svg,
+                    "<path d=\"M{middle:.1} {:.1}V{:.1}\" stroke=\"#333\"><title>{}-{}</title></path>",
+                    y(low),
+                    y(high),
+                    number(low),
+                    number(high)
+                );
             }
         }
         for (index, (label, _)) in self.series.iter().enumerate() {
-            let (x, y) = (left + 210.0 * (index % 3) as f64, bottom + 38.0 + 16.0 * (index / 3) as f64);
+            let (column, row) = ((index % columns) as f64, (index / columns) as f64);
+            let (x, y) = (left + (right - left) / columns as f64 * column, bottom + 38.0 + LINE * row);
             let colour = COLOURS[index % COLOURS.len()];
             let _ = writeln!(svg, "<path d=\"M{x} {:.1}h10\" stroke=\"{colour}\" stroke-width=\"10\"/>", y - 4.0);
             let _ = writeln!(svg, "<text x=\"{}\" y=\"{y}\">{}</text>", x + 16.0, escape(label));
         }
         svg + "</svg>\n"
+    }
+}
+
+impl Chart {
+    /// How many labels stand side by side: as many as the longest leaves room for.
+    fn columns(&self) -> usize {
+        let longest = self.series.iter().map(|(label, _)| label.len()).max().unwrap_or_default();
+        match longest {
+            0..=28 => 3,
+            29..=44 => 2,
+            _ => 1,
+        }
     }
 }
 
@@ -156,7 +216,7 @@ fn number(value: f64) -> String {
     match value {
         1e6.. => format!("{:.2}M", value / 1e6),
         1e4..1e6 => format!("{:.1}k", value / 1e3),
-        100.0..1e4 => format!("{value:.0}"),
+        100.0..1e4 | 0.0 => format!("{value:.0}"),
         _ => format!("{value:.2}"),
     }
 }
@@ -171,16 +231,20 @@ impl Results {
         let mut page = String::from(
             "<!DOCTYPE html>\n<html lang=\"en\"><head><meta charset=\"utf-8\"><title>skiff bench</title>\n<style>\
              body{font-family:sans-serif;max-width:60em;margin:1em auto;padding:0 1em}svg{width:100%;break-inside:avoid}\
-             pre{overflow-x:auto;font-size:80%}</style></head>\n<body><h1>skiff bench</h1>\n",
+             pre{overflow-x:auto;font-size:80%}pre.words{white-space:pre-wrap}@page{size:A4;margin:12mm}\
+             @media print{body{max-width:none;margin:0}pre{font-size:5.5pt;overflow:visible}}</style></head>\n<body><h1>skiff bench</h1>\n",
         );
         if !self.complete {
             page.push_str("<p><strong>Interrupted: not all was measured.</strong></p>\n");
         }
         let _ = writeln!(
             page,
-            "<pre>{}\n{}</pre>",
+            "<pre class=\"words\">{}\n{}</pre>",
             escape(&self.manifest.to_string()),
             escape(&self.manifest.command.join(" "))
+        );
+        page.push_str(
+            "<p>Thin lines: where the true median is, with the confidence that stands below the tables.</p>\n",
         );
         for chart in charts(self) {
             page.push_str(&chart.svg());
@@ -203,11 +267,11 @@ mod tests {
 
     fn chart() -> Chart {
         let series = vec![
-            ("threads <1>".to_owned(), vec![Some(1000.0), Some(4000.0)]),
-            ("native & co".to_owned(), vec![None, Some(2000.0)]),
+            ("threads <1>".to_owned(), vec![Some(1000.0.into()), Some(4000.0.into())]),
+            ("native & co".to_owned(), vec![None, Some(Bar { value: 2000.0, range: Some((1900.0, 4500.0)) })]),
         ];
         let groups = vec!["depth 1".to_owned(), "depth 32".to_owned()];
-        Chart { name: "n".to_owned(), title: "written".to_owned(), groups, series }
+        Chart { name: "n".to_owned(), title: "written".to_owned(), meaning: "requests", groups, series }
     }
 
     /// The heights of the bars, in the order of the drawing.
@@ -220,6 +284,21 @@ mod tests {
     fn bars_are_as_high_as_their_values() {
         // The scale ends at 5000, the plot is 190 high.
         assert_eq!(heights(&chart().svg()), [1000.0, 4000.0, 2000.0].map(|value| value / 5000.0 * 190.0));
+    }
+
+    /// From the bottom at 244, where 5000 is 190 higher.
+    #[test]
+    fn intervals_stand_at_their_values() {
+        assert!(chart().svg().contains(" 171.8V73.0\" stroke=\"#333\"><title>1900-4500</title>"), "{}", chart().svg());
+    }
+
+    /// A line of the legend for each that has no room beside another.
+    #[test]
+    fn legends_fit() {
+        let mut long = chart();
+        assert!(long.svg().contains("viewBox=\"0 0 720 298\""), "{}", long.svg());
+        long.series[0].0 = "threads, cache=writeback, ioeventfd=off, poll-us=0, merge=off".to_owned();
+        assert!(long.svg().contains("viewBox=\"0 0 720 314\""), "{}", long.svg());
     }
 
     /// An XML parser that is not ours has a look.

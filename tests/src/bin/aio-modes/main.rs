@@ -22,7 +22,7 @@ use parts::{PARTS, Part};
 /// Measure what has been argued about aio modes, and write the answers
 ///
 /// Needs /dev/kvm. fio and root rights (for the kernel's trace) answer two of the questions; without them the document says
-/// that they are open. A whole run takes about 20 minutes and wants a quiet host.
+/// that they are open. A whole run takes about a quarter of an hour and wants a quiet host with two CPUs.
 #[derive(Debug, Parser)]
 #[command(max_term_width = 120)]
 struct Options {

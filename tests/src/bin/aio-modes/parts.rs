@@ -62,7 +62,7 @@ pub(crate) const PARTS: [Part; 12] = [
 
 /// Seconds that a measurement counts, and seconds that it takes besides: start, warm-up and end of a machine.
 const RUNTIME: &str = "0.4";
-const MEASUREMENT: Duration = Duration::from_millis(850);
+const MEASUREMENT: Duration = Duration::from_millis(600);
 /// Each file.
 const SIZE: &str = "512M";
 const PREPARATION: Duration = Duration::from_secs(5);
@@ -91,8 +91,10 @@ fn bench(skiff: &Path, folder: &Path, repeat: u32, words: &str) -> anyhow::Resul
     let scratch = tempfile::tempdir()?;
     let json = scratch.path().join("results.json");
     let mut command = Command::new(skiff);
-    command.args(["bench", "--size", SIZE, "--runtime", RUNTIME, "--repeat", &repeat.to_string(), "--dir"]);
-    command.arg(folder).arg("--json").arg(&json).args(words.split_ascii_whitespace());
+    command.args(["bench", "--size", SIZE, "--runtime", RUNTIME, "--repeat", &repeat.to_string()]);
+    // Busy threads are to be in the vCPU's way too.
+    let pin = if words.contains("--busy") { None } else { Some("--pin") };
+    command.args(pin).arg("--dir").arg(folder).arg("--json").arg(&json).args(words.split_ascii_whitespace());
     let output = command.output().with_context(|| format!("{} cannot be started", skiff.display()))?;
     let said = String::from_utf8_lossy(&output.stderr).into_owned();
     let text = std::fs::read_to_string(&json).with_context(|| format!("skiff bench {words}: {}", said.trim()))?;

@@ -15,7 +15,7 @@ pub(crate) const EXPECTED: Duration = Duration::from_secs(45);
 const CASES: [(&str, &str); 6] = [
     ("reading blocks that are there, O_DIRECT", "--rw=randread --direct=1"),
     ("writing blocks that are there, O_DIRECT", "--rw=randwrite --direct=1 --overwrite=1"),
-    ("writing into holes, O_DIRECT", "--rw=randwrite --direct=1 --fallocate=truncate"),
+    ("writing into holes, O_DIRECT", "--rw=randwrite --direct=1 --fallocate=truncate --size=4g"),
     ("writing beyond the end, O_DIRECT", "--rw=write --direct=1 --fallocate=none --file_append=1 --size=2g"),
     ("reading what is not cached, page cache", "--rw=randread --direct=0 --invalidate=1"),
     ("writing, page cache", "--rw=randwrite --direct=0 --overwrite=1"),

@@ -111,6 +111,8 @@ fn the_order_of_requests() {
 fn where_a_call_waits() {
     let row = |case: &str, mean: f64| json!({ "case": case, "aio": "native", "mean_us": mean, "max_us": 2000.0, "total_us": 800.0 });
     let text = waiting(&results("submit", json!({ "rows": [row("one", 90.0), row("other", 5.0)] })));
+    let only = where_only_native_waits(&results("submit", json!({ "rows": [row("one", 90.0), row("other", 5.0)] })));
+    assert_eq!(only, " io_submit waits, and it does not: one.");
     assert!(text.contains("\nio_submit waits: one (at most 2.0 ms). It does not: other (at most 2.0 ms).\n"), "{text}");
 }
 
