@@ -15,6 +15,12 @@ pub trait Interrupt: Send + Sync {
     /// [`Virtqueue::publish`] first.
     fn queue(&self, queue: u16);
 
+    /// What to write to tell the driver that `queue` has used buffers, for whoever does it in our place; `None` if the driver
+    /// takes no interrupts for it, and [`Interrupt::queue`] must be called. Holds until the device is reset.
+    fn queue_event(&self, _queue: u16) -> Option<EventFd> {
+        None
+    }
+
     /// Tells the driver that the configuration changed (virtio 1.2, 2.4).
     fn config(&self);
 

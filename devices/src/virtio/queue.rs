@@ -133,6 +133,11 @@ impl Virtqueue {
         self.layout.size
     }
 
+    /// Where the driver put it, for whoever serves it in our place.
+    pub(super) fn layout(&self) -> QueueLayout {
+        self.layout
+    }
+
     /// Takes the next available chain into `chain`; `false` when there is none. Heads are below [`Virtqueue::size`];
     /// whether one is in flight already is for the device to know.
     ///

@@ -63,7 +63,7 @@ pub(super) struct RunArgs {
     /// passt listens). Further keys: id=NAME, mac=ADDRESS [default: one derived from the machine, the same each time],
     /// mtu=68..65535 (told to the guest), queues=N (pairs of queues of a TAP, each with a thread) [default: 1],
     /// queue-size=N (entries, a power of two up to 1024) [default: 256], vhost=on|off|auto (of a TAP: whether the kernel
-    /// moves its frames, by vhost-net) [default: auto, where that is to be had], ioeventfd=on|off, rx-bps=SIZE, tx-bps=SIZE
+    /// moves its frames, by vhost-net) [default: off; auto is where that is to be had], ioeventfd=on|off, rx-bps=SIZE, tx-bps=SIZE
     /// (at most so many bytes a second to and from the guest), pps=N (at most so many frames a second).
     #[arg(long, value_name = "tap=NAME|passt|socket=PATH[,KEY=VALUE]...")]
     net: Vec<String>,

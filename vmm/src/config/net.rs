@@ -113,7 +113,7 @@ pub enum DataPath {
     Kernel,
     /// The kernel where it can, else skiff (`vhost=auto`).
     Either,
-    /// skiff (`vhost=off`, and whenever there are limits).
+    /// skiff (`vhost=off`, which is meant if nothing is said, and whenever there are limits).
     Skiff(Limits),
 }
 
@@ -283,7 +283,7 @@ fn tap(settings: &Settings) -> Result<TapSource, ConfigError> {
 
 fn data_path(settings: &Settings, limits: Limits) -> Result<DataPath, ConfigError> {
     let vhost = choice(settings, "vhost", None, &["on", "off", "auto"], |word| word)?;
-    match (vhost.unwrap_or("auto"), limits == Limits::default()) {
+    match (vhost.unwrap_or("off"), limits == Limits::default()) {
         ("on", true) => Ok(DataPath::Kernel),
         ("on", false) => Err(settings.place().error(
             "rx-bps, tx-bps and pps do not go with vhost=on: the kernel moves the frames then, and knows no limits; \

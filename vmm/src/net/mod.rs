@@ -5,6 +5,7 @@ mod interface;
 pub mod mac;
 mod passt;
 mod tap;
+mod vhost;
 
 use std::io;
 use std::os::unix::net::UnixStream;
@@ -19,7 +20,7 @@ use devices::virtio::net::stream::{Reconnect, Stream};
 use self::mac::Mac;
 use self::passt::Passt;
 use self::tap::OpenTap;
-use crate::config::{DataPath, NetBackend, NetConfig, TapSource, VmConfig};
+use crate::config::{NetBackend, NetConfig, TapSource, VmConfig};
 
 /// A network interface whose back end is open.
 pub struct OpenNet {
@@ -79,12 +80,11 @@ fn named(backend: &NetBackend) -> String {
 fn open_backend(net: &NetConfig) -> anyhow::Result<(Backend, Option<Mac>)> {
     match &net.backend {
         NetBackend::Tap { source, path } => {
-            if *path == DataPath::Kernel {
-                bail!("vhost=on: this build moves all frames itself; leave it out");
-            }
             let tap = OpenTap::open(source, net.mtu)?;
             let mac = tap.mac;
-            Ok((tap.backend()?, mac))
+            let backend = tap.backend()?;
+            let kernel = vhost::open(*path, &net.id, backend.pairs())?;
+            Ok((if let Some(kernel) = kernel { backend.in_kernel(kernel) } else { backend }, mac))
         }
         NetBackend::Passt { forwards, .. } => {
             let passt = Passt::new(forwards, net.mtu);

@@ -6,9 +6,10 @@ use std::fmt::{self, Debug, Formatter};
 use std::io;
 use std::ops::{BitAnd, BitOr};
 use std::os::fd::BorrowedFd;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::buffers::Buffers;
+use super::vhost::Vhost;
 
 /// Bytes of `struct virtio_net_hdr_v1` (virtio 1.2, 5.1.6), which is in front of every frame in both directions.
 pub const HEADER: usize = 12;
@@ -123,6 +124,8 @@ pub trait Port: Send {
 pub struct Backend {
     ports: Vec<Mutex<Box<dyn Port>>>,
     offloads: Offloads,
+    /// One a port, if the kernel moves the frames.
+    kernel: Vec<Arc<Vhost>>,
 }
 
 impl Backend {
@@ -132,7 +135,23 @@ impl Backend {
     /// Without ports, or with more than [`MAX_PAIRS`](super::MAX_PAIRS).
     pub fn new(ports: Vec<Box<dyn Port>>, offloads: Offloads) -> Self {
         assert!((1..=usize::from(super::MAX_PAIRS)).contains(&ports.len()), "one port a pair of queues");
-        Self { ports: ports.into_iter().map(Mutex::new).collect(), offloads }
+        Self { ports: ports.into_iter().map(Mutex::new).collect(), offloads, kernel: Vec::new() }
+    }
+
+    /// The same with the kernel moving the frames, one of `kernel` a port. The ports' files are queues of a TAP then.
+    ///
+    /// # Panics
+    /// If there are not as many as ports.
+    #[must_use]
+    pub fn in_kernel(mut self, kernel: Vec<Vhost>) -> Self {
+        assert_eq!(kernel.len(), self.ports.len(), "one a port");
+        self.kernel = kernel.into_iter().map(Arc::new).collect();
+        self
+    }
+
+    /// What moves the frames of `pair` in the kernel, if anything does.
+    pub(super) fn kernel(&self, pair: u16) -> Option<Arc<Vhost>> {
+        self.kernel.get(usize::from(pair)).cloned()
     }
 
     /// How many ports, and so pairs of queues.

@@ -45,6 +45,7 @@ pub mod statistics;
 pub mod stream;
 pub mod tap;
 mod tx;
+pub mod vhost;
 mod worker;
 
 /// The most pairs of queues of an interface. Each that the driver enables has a thread.
@@ -97,6 +98,8 @@ enum Broken {
     Short(u16),
     #[error("the command at descriptor {0} has no place for an answer")]
     NoAnswer(u16),
+    #[error("the kernel found a ring broken")]
+    Kernel,
     #[error("it cannot wait for events: {0}")]
     Host(#[from] io::Error),
 }

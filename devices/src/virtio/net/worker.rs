@@ -20,6 +20,7 @@ use super::rx::{Received, Receiver};
 use super::settings::{Copy, Shared};
 use super::statistics::{Counts, PairCounts};
 use super::tx::{Sender, Sent};
+use super::vhost::Running;
 use crate::log_limit::LogLimit;
 use crate::virtio::device::{ActiveQueue, Interrupt};
 use crate::virtio::queue::Virtqueue;
@@ -47,6 +48,10 @@ const PORT: u64 = 2;
 const STOP: u64 = 3;
 /// Why the worker wakes: the driver has a command, or settings changed.
 const SETTINGS: u64 = 4;
+/// Why the worker wakes: the kernel found a ring broken.
+const BROKEN: u64 = 5;
+/// Why the worker wakes, plus the number of a queue: the kernel used buffers of it, and nobody else tells the driver.
+const RELAY: u64 = 1 << 32;
 
 /// What a worker needs besides its queues and its port; the same for all pairs of an interface.
 #[derive(Clone)]
@@ -74,6 +79,8 @@ pub(super) struct PairWorker {
     rx: Option<Side<Receiver>>,
     tx: Option<Side<Sender>>,
     control: Option<Side<Control>>,
+    /// The kernel moves the frames: there is neither `rx` nor `tx` then.
+    kernel: Option<Running>,
     copy: Copy,
     /// The port may have a frame: it said so, and has not said otherwise since.
     has_frames: bool,
@@ -111,7 +118,17 @@ impl PairWorker {
         let epoll = Epoll::new()?;
         let (copy, memory, features) = (Copy::new(&context.shared), &context.memory, context.features);
         let gate = |direction| Gate::new(context.limited.clone(), direction);
-        let [rx, tx] = queues;
+        let (kernel, [rx, tx]) = match context.backend.kernel(pair) {
+            Some(vhost) => {
+                let running = Running::new(vhost, memory, features, queues, context.interrupt.as_ref())?;
+                watch(&epoll, running.broken(), EventSet::IN, BROKEN)?;
+                for (index, call) in running.relayed() {
+                    watch(&epoll, call, EventSet::IN | EventSet::EDGE_TRIGGERED, RELAY + u64::from(index))?;
+                }
+                (Some(running), [None, None])
+            }
+            None => (None, queues),
+        };
         let receiver = |queue| Receiver::new(queue, memory.clone(), copy.settings.rules);
         let rx = rx.map(|queue| Side::new(&epoll, queue, ROOM, gate(Direction::Read), receiver)).transpose()?;
         let sender = |queue| Sender::new(queue, memory.clone());
@@ -131,6 +148,7 @@ impl PairWorker {
             rx,
             tx,
             control,
+            kernel,
             copy,
             has_frames: true,
             lost: false,
@@ -187,8 +205,13 @@ impl PairWorker {
             }
         }
         self.take_part(port, self.pair < self.copy.settings.pairs);
-        if !port.is_up() {
-            self.lose("it is down");
+        if port.is_up() { self.connect(port) } else { self.lose("it is down") }
+    }
+
+    /// Lets the kernel move frames through the port as it is now, if that does.
+    fn connect(&mut self, port: &mut dyn Port) {
+        if let Some(Err(error)) = self.kernel.as_ref().map(|kernel| kernel.connect(Some(port.file()))) {
+            self.lose(format_args!("the kernel does not move its frames: {error}"));
         }
     }
 
@@ -351,6 +374,9 @@ impl PairWorker {
         self.lost = true;
         self.next_look = Instant::now() + LOOK;
         self.log(format_args!("the host's side is lost: {why}; the link is down until it is back"));
+        if let Some(Err(error)) = self.kernel.as_ref().map(|kernel| kernel.connect(None)) {
+            self.log(format_args!("the kernel does not stop: {error}"));
+        }
         self.set_link(true);
     }
 
@@ -362,8 +388,11 @@ impl PairWorker {
         self.next_look = Instant::now() + LOOK;
         if port.is_up() {
             (self.lost, self.has_frames) = (false, true);
-            tracing::info!("net {}: the link is up", self.context.id);
-            self.set_link(false);
+            self.connect(port);
+            if !self.lost {
+                tracing::info!("net {}: the link is up", self.context.id);
+                self.set_link(false);
+            }
         }
     }
 
@@ -407,7 +436,10 @@ impl PairWorker {
                 if woke(FRAMES) {
                     self.counts.tx.kicked();
                 }
-                Ok(woke(STOP))
+                for event in events.iter().take(count).filter(|event| event.data() >= RELAY) {
+                    self.context.interrupt.queue((event.data() - RELAY) as u16);
+                }
+                if woke(BROKEN) { Err(Broken::Kernel) } else { Ok(woke(STOP)) }
             }
             Err(error) if error.kind() == io::ErrorKind::Interrupted => Ok(false),
             Err(error) => Err(error.into()),

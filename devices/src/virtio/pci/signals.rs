@@ -104,6 +104,12 @@ impl Interrupt for Signals {
         }
     }
 
+    fn queue_event(&self, queue: u16) -> Option<EventFd> {
+        let vector = self.queue_vectors.get(usize::from(queue))?.load(Ordering::Acquire);
+        let event = self.events.get(usize::from(vector)).filter(|_| self.msix_enabled.load(Ordering::Acquire));
+        event?.try_clone().ok()
+    }
+
     fn config(&self) {
         self.generation.fetch_add(1, Ordering::AcqRel);
         self.raise(&self.config_vector, ISR_CONFIG);

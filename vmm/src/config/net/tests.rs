@@ -123,15 +123,15 @@ fn the_shortest_forms_have_every_default() {
     let nets =
         machine(&["tap=tap0", "passt", "socket=/run/passt.sock", "fd=5", "tap=,host-ip=192.0.2.1/24"]).unwrap().nets;
     let expected = [
-        plain("net0", NetBackend::Tap { source: tap("tap0", 1), path: DataPath::Either }),
+        plain("net0", NetBackend::Tap { source: tap("tap0", 1), path: DataPath::Skiff(NO_LIMITS) }),
         plain("net1", NetBackend::Passt { forwards: Vec::new(), limits: NO_LIMITS }),
         plain("net2", NetBackend::Socket { path: "/run/passt.sock".into(), limits: NO_LIMITS }),
-        plain("net3", NetBackend::Tap { source: TapSource::Descriptor(5), path: DataPath::Either }),
+        plain("net3", NetBackend::Tap { source: TapSource::Descriptor(5), path: DataPath::Skiff(NO_LIMITS) }),
         plain(
             "net4",
             NetBackend::Tap {
                 source: TapSource::New { name: None, address: (Ipv4Addr::new(192, 0, 2, 1), 24), queues: 1 },
-                path: DataPath::Either,
+                path: DataPath::Skiff(NO_LIMITS),
             },
         ),
     ];
