@@ -15,8 +15,8 @@ const LOOKS: u32 = 16;
 /// Who works for the disk gives the CPU back sooner. Whoever keeps it that long has something else to do.
 const LOST: Duration = Duration::from_micros(500);
 
-/// Waits in which it keeps the CPU once it was lost; twice as many each time that it is lost again, up to the last.
-const KEPT: [u32; 2] = [16, 4096];
+/// Waits without a look once the CPU was lost; twice as many each time that it is lost again, up to the last.
+const WITHOUT: [u32; 2] = [16, 4096];
 
 /// Whom the worker waits for. A driver that got answers soon has the next requests, a disk takes its time: one does not tell
 /// how long the other will take.
@@ -38,8 +38,8 @@ pub(super) struct Polling {
     awaited: Awaited,
     /// Since when there has been no work.
     idle: Option<Instant>,
-    /// Waits in which the CPU is not given away, for somebody keeps it: a time slice for each wait is too much.
-    kept: u32,
+    /// Waits that go without a look, for the CPU is not idle; asleep, the worker is given it at once when there is work.
+    without: u32,
     /// How many it were the last time.
     penalty: u32,
 }
@@ -47,7 +47,7 @@ pub(super) struct Polling {
 impl Polling {
     /// Never looks longer than `max`; zero: not at all.
     pub(super) fn new(max: Duration) -> Self {
-        Self { max, budgets: [Duration::ZERO; 2], awaited: Awaited::Driver, idle: None, kept: 0, penalty: 0 }
+        Self { max, budgets: [Duration::ZERO; 2], awaited: Awaited::Driver, idle: None, without: 0, penalty: 0 }
     }
 
     /// As if `budget` had been learnt.
@@ -61,7 +61,7 @@ impl Polling {
         if self.max.is_zero() {
             return false;
         }
-        let budget = self.budgets[self.awaited as usize];
+        let budget = if self.without > 0 { Duration::ZERO } else { self.budgets[self.awaited as usize] };
         // Awake for nothing, it has looked already.
         let idle = *self.idle.get_or_insert_with(Instant::now);
         let mut looked = idle.elapsed();
@@ -74,30 +74,29 @@ impl Polling {
             }
             // Whoever is waited for may need this CPU: a vCPU, a thread of a pool, the kernel's own (linux-aio completes
             // writes on one that is bound to the CPU from which they were submitted).
-            if self.kept == 0 {
-                thread::yield_now();
-            }
+            thread::yield_now();
             let now = idle.elapsed();
-            if self.kept == 0 && now.saturating_sub(looked) > LOST {
+            if now.saturating_sub(looked) > LOST {
                 self.lose();
+                break;
             }
             looked = now;
         }
         false
     }
 
-    /// Somebody else has used the CPU for long.
+    /// Somebody else needs the CPU.
     fn lose(&mut self) {
-        self.penalty = (self.penalty * 2).clamp(KEPT[0], KEPT[1]);
-        self.kept = self.penalty;
+        self.penalty = (self.penalty * 2).clamp(WITHOUT[0], WITHOUT[1]);
+        self.without = self.penalty;
     }
 
     /// There was work; from now on `awaited` is waited for.
     pub(super) fn worked(&mut self, awaited: Awaited) {
         if let Some(idle) = self.idle.take() {
             self.adapt(idle.elapsed());
-            if self.kept > 0 {
-                self.kept -= 1;
+            if self.without > 0 {
+                self.without -= 1;
             } else {
                 self.penalty = self.penalty.saturating_sub(1);
             }
@@ -196,23 +195,22 @@ mod tests {
     }
 
     #[test]
-    fn a_cpu_that_others_keep_is_not_given_away_for_a_while() {
+    fn a_cpu_that_others_need_is_left_to_them() {
         let mut polling = Polling::learnt(Duration::from_secs(3600));
         for expected in [16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 4096] {
             polling.lose();
             for _ in 0..expected {
-                assert!(polling.kept > 0 && polling.look(|| true), "it looks all the same");
+                assert!(!polling.look(|| panic!("it goes without")));
                 polling.worked(Host);
             }
-            assert_eq!(polling.kept, 0, "after {expected} waits");
-            assert!(polling.look(|| true));
+            assert!(polling.look(|| true), "after {expected} waits");
         }
-        for _ in 0..KEPT[1] {
+        for _ in 0..WITHOUT[1] {
             assert!(polling.look(|| true));
             polling.worked(Host);
         }
         polling.lose();
-        assert_eq!(polling.kept, KEPT[0], "after as many good ones it is as at first");
+        assert_eq!(polling.without, WITHOUT[0], "after as many good ones it is as at first");
     }
 
     #[test]
