@@ -9,6 +9,9 @@ use super::{from_host, set_up, tcp};
 /// Each size of usual frames, some of each page beyond, and the largest that tun(4) of Linux takes.
 const SIZES: &str = "14-1600 1633-65535/331 65500-65535";
 
+/// Entries of a queue, if nothing is said.
+const RING: u64 = 256;
+
 /// What the guest's kernel counted of eth0.
 fn counted(guest: &mut Machine, counter: &str) -> u64 {
     guest.ask(&format!("cat /sys/class/net/eth0/statistics/{counter}")).parse().expect("a number")
@@ -63,7 +66,9 @@ fn agrees(network: &Network, mut guest: Machine, vhost: bool) {
         reasons.iter().map(|reason| sum(&format!("/{direction}/drops/{reason}"))).sum()
     };
     assert_eq!(received + dropped("rx"), to_guest, "{line}");
-    assert_eq!(from_guest + dropped("tx"), sent, "{line}");
+    // The guest counts a frame when it takes its buffers back, which it may put off: at most a ring's worth.
+    let taken = from_guest + dropped("tx");
+    assert!((taken.saturating_sub(RING)..=taken).contains(&sent), "{sent} sent: {line}");
 }
 
 #[test]
