@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Every test there is: installs what they need (Debian and Ubuntu), then formatting, lints, unit and documentation
-# tests, the bare-metal guest, and the Linux guests, which run in the lab where this host has no hardware KVM. The last
+# tests, the bare-metal guest, and the Linux guests and scenarios, which run in the lab where this host has no hardware KVM. The last
 # line is "N passed, N failed, N skipped"; the exit code is 0 if nothing failed.
 # Usage: tests/run.sh
 set -euo pipefail
@@ -47,6 +47,7 @@ if ! resources/image/build; then echo 'the Debian image cannot be built'; fi
 
 rm -rf "$target/lab/logs"
 step tests 3600 cargo test --workspace --no-fail-fast
+step scenarios 1800 tests/scenarios/run
 
 # cargo's own summaries; lines of tests that found nothing to run on, which cargo counts as passed; whole programs that
 # the runner skipped, which it does not.
@@ -54,13 +55,19 @@ sum() {
     awk -v word="$1;" '/^test result:/ { for (i = 2; i <= NF; i++) if ($i == word) n += $(i - 1) }
         END { print n + 0 }' "$log"
 }
+# The same of the scenarios, from their JUnit file. Those that the host could not run are failures here.
+results=$target/lab/logs/scenarios.xml
+junit() { sed -n "s/^<testsuites .*\b$1=\"\([0-9]*\)\".*/\1/p" "$results" 2>/dev/null | grep . || echo 0; }
+scenarios=$(junit tests)
+bad_scenarios=$(($(junit failures) + $(junit errors)))
 gave_up=$(grep -c '^SKIPPED [a-z_]*::' "$log" || true)
 not_run=$(awk '/^SKIPPED [0-9]+ tests of/ { n += $2 } END { print n + 0 }' "$log")
-passed=$(($(sum passed) - gave_up))
-failed=$(sum failed)
+passed=$(($(sum passed) - gave_up + scenarios - bad_scenarios))
+failed=$(($(sum failed) + bad_scenarios))
 skipped=$(($(sum ignored) + gave_up + not_run))
 
 echo
+if [[ $scenarios -gt 0 ]]; then echo "scenarios: $scenarios run, $bad_scenarios failed ($results)"; fi
 grep '^SKIPPED ' "$log" || true
 grep -E '^test .* \.\.\. FAILED$|^.* --- FAILED$' "$log" || true
 if [[ ${#failed_steps[@]} -gt 0 ]]; then
