@@ -19,5 +19,6 @@ mod regs;
 pub mod smoke;
 pub mod statistics;
 mod stopping;
+mod text;
 pub mod vcpu;
 pub mod vm;

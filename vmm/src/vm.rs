@@ -159,6 +159,7 @@ pub fn run(config: &VmConfig, print: &dyn Fn(&str)) -> anyhow::Result<ExitReason
 fn run_machine(machine: Machine, control: &mut Control, report: &dyn Fn()) -> anyhow::Result<ExitReason> {
     let Machine { vcpus, serial, power_button, functions, .. } = machine;
     let running = VcpuThreads::start(vcpus, &control.pause).context("no thread for a vCPU");
+    crate::text::release();
     let waited = running.and_then(|threads| {
         let waited = control.wait(&threads, &power_button, report);
         // A vCPU that waits for a slow console would never see that it has to stop. The threads end here.
