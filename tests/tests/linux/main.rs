@@ -13,6 +13,7 @@ mod messages;
 mod net;
 mod power;
 mod serial;
+mod smoke;
 mod snapshot;
 mod tree;
 mod unbind;
