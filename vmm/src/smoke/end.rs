@@ -58,6 +58,12 @@ impl End {
         }
     }
 
+    /// Whether a guest that has done all it should may end so: it powered off, or wrote to the debug exit port.
+    pub(super) fn is_peaceful(&self) -> bool {
+        let bad = [Ending::Reboot, Ending::Panic, Ending::TripleFault];
+        matches!(self, Self::Ended { .. }) && !bad.iter().any(|ending| self.is(*ending))
+    }
+
     /// It came during `step`, which does not want it.
     pub(super) fn unexpected(&self, step: &str) -> Stop {
         match self {

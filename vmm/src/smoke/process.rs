@@ -18,6 +18,8 @@ use crate::child::{end_with_this_thread, signal_group};
 const READ: usize = 16 << 10;
 /// Reads that may wait to be looked at. When there are more, the program waits, as for a slow terminal.
 const QUEUE: usize = 16;
+/// How long what a program wrote may take to be read after its end.
+const DRAIN: Duration = Duration::from_secs(1);
 /// Between two looks at a program whose output has ended.
 const LOOK: Duration = Duration::from_millis(5);
 
@@ -63,8 +65,8 @@ impl Process {
         match self.output.recv_timeout(patience) {
             Ok(heard) => heard,
             Err(RecvTimeoutError::Disconnected) => Heard::End,
-            // What it started may hold its output open.
-            Err(RecvTimeoutError::Timeout) if self.has_ended() => self.output.try_recv().unwrap_or(Heard::End),
+            // What it wrote may not have been read yet, and what it started may hold its output open for ever.
+            Err(RecvTimeoutError::Timeout) if self.has_ended() => self.output.recv_timeout(DRAIN).unwrap_or(Heard::End),
             Err(RecvTimeoutError::Timeout) => Heard::Silence,
         }
     }

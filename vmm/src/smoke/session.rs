@@ -68,6 +68,8 @@ pub(super) struct Session<'a> {
     /// When the guest reset the machine, as far as no step has asked for it.
     resets: VecDeque<Instant>,
     trouble: Option<(Trouble, Instant)>,
+    /// The number of the line that the last `wait` step found.
+    forgiven: Option<u64>,
     end: Option<End>,
     messages: Vec<u8>,
     warnings: Vec<Warning>,
@@ -128,6 +130,7 @@ impl<'a> Session<'a> {
             told: (start, 0, 0),
             resets: VecDeque::new(),
             trouble: None,
+            forgiven: None,
             end: None,
             messages: Vec::new(),
             warnings: Vec::new(),
@@ -190,10 +193,16 @@ impl<'a> Session<'a> {
                     settled = false;
                     self.heard = Instant::now();
                     let at = self.start.elapsed();
-                    for bite in bytes.chunks(BITE) {
-                        self.watcher.feed(at, bite);
-                        self.advance(false)?;
-                        self.look_for_trouble()?;
+                    // Line by line: what a step passes does not depend on how many came at a time.
+                    for line in bytes.split_inclusive(|&byte| byte == b'\n') {
+                        for bite in line.chunks(BITE) {
+                            self.watcher.feed(at, bite);
+                            self.advance(false)?;
+                            // A panic that is expected is looked at when all of this is read.
+                            if !self.is_panic_expected() {
+                                self.look_for_trouble()?;
+                            }
+                        }
                     }
                     self.tell_line(false);
                 }
@@ -207,19 +216,32 @@ impl<'a> Session<'a> {
         }
     }
 
-    /// All steps are passed. What the machine says just now still counts.
+    /// All steps are passed. What the machine says and does just now still counts, and so does a reset that no step asked
+    /// for; it may well end, but not in trouble.
     fn last_breath(&mut self) -> Result<(), Stop> {
+        let running = self.end.is_none();
         let until = Instant::now() + AFTERMATH;
         while self.end.is_none() && Instant::now() < until {
             match self.process.hear(SETTLED) {
                 Heard::Output(bytes) => self.feed(&bytes),
                 Heard::Message(bytes) => self.take_message(&bytes),
-                Heard::Silence | Heard::End => break,
+                Heard::Silence => break,
+                Heard::End => self.take_end()?,
             }
         }
         self.watcher.finish();
         self.look_for_trouble()?;
-        if self.trouble.is_some() { Err(self.trouble_failure()) } else { Ok(()) }
+        if self.trouble.is_some() {
+            return Err(self.trouble_failure());
+        }
+        let reboots = self.scenario.steps.last().is_some_and(|step| is_reboot(&step.action));
+        if !self.resets.is_empty() && !reboots {
+            return Err(Stop::Failed("the guest reset the machine, and no step expects it".to_owned()));
+        }
+        match &self.end {
+            Some(end) if running && !end.is_peaceful() => Err(end.unexpected("none, all were passed")),
+            _ => Ok(()),
+        }
     }
 
     fn feed(&mut self, bytes: &[u8]) {
@@ -360,6 +382,9 @@ impl<'a> Session<'a> {
                 if trouble.panic {
                     self.pass_panic();
                 }
+            } else if self.forgiven == Some(line.number) {
+                // The step looked at its begin, and now the rest is there.
+                self.watcher.forgive();
             } else if self.trouble.is_none() {
                 self.trouble = Some((trouble, Instant::now() + AFTERMATH));
             }
@@ -386,7 +411,7 @@ impl<'a> Session<'a> {
     /// The console says that the kernel panicked, and that is what is expected. It may say more, but it will not go on.
     fn pass_panic(&mut self) {
         let until = Instant::now() + AFTERMATH;
-        while self.end.is_none() && self.resets.is_empty() {
+        while self.end.is_none() && self.resets.is_empty() && Instant::now() < until {
             let left = until.saturating_duration_since(Instant::now());
             match self.process.hear(left) {
                 Heard::Output(bytes) => self.feed(&bytes),
@@ -411,6 +436,7 @@ impl<'a> Session<'a> {
 
     /// The step waited for this line, so it is no trouble, unless a panic is what comes next.
     fn forgive(&mut self, line: u64) {
+        self.forgiven = Some(line);
         let mut others = Vec::new();
         while let Some((trouble, at)) = self.watcher.next_trouble() {
             let next = self.scenario.steps.get(self.at + 1);
@@ -498,8 +524,14 @@ impl<'a> Session<'a> {
         let ended = self.end.is_some();
         // Whatever it does now, it is gone when this returns.
         let _ = self.process.end();
-        while let Heard::Output(bytes) = self.process.hear(Duration::ZERO) {
-            self.feed(&bytes);
+        let until = Instant::now() + AFTERMATH;
+        while Instant::now() < until {
+            match self.process.hear(SETTLED) {
+                Heard::Output(bytes) => self.feed(&bytes),
+                Heard::Message(bytes) => self.take_message(&bytes),
+                Heard::Silence => {}
+                Heard::End => break,
+            }
         }
         match &self.end {
             Some(end) if ended => end.to_string(),
@@ -536,6 +568,10 @@ fn timed(step: &Step, scenario: &Scenario) -> TimedStep {
         took: Duration::ZERO,
         limit: step.timeout.unwrap_or(scenario.timeout).min(scenario.timeout),
     }
+}
+
+fn is_reboot(action: &Action) -> bool {
+    matches!(action, Action::Expect(Ending::Reboot))
 }
 
 /// What did not happen in time.

@@ -12,6 +12,8 @@ pub(super) struct Shell {
     command: String,
     /// Stands for this command and no other.
     number: u32,
+    /// The first mark was seen: what came before is the echo.
+    begun: bool,
     output: String,
 }
 
@@ -19,10 +21,10 @@ impl Shell {
     pub(super) fn new(command: &str) -> Self {
         static NEXT: AtomicU32 = AtomicU32::new(1);
         let number = NEXT.fetch_add(1, Ordering::Relaxed);
-        Self { command: command.to_owned(), number, output: String::new() }
+        Self { command: command.to_owned(), number, begun: false, output: String::new() }
     }
 
-    /// What to type: the command between two marks, which the shell puts together. So their echo is none of them. `eval`
+    /// What to type, with Enter at its end: the command between two marks, which the shell puts together. So their echo is none of them. `eval`
     /// keeps a comment or a missing quote in the command from swallowing the second.
     pub(super) fn input(&self) -> String {
         let quoted = self.command.replace('\'', "'\\''");
@@ -35,6 +37,7 @@ impl Shell {
         let mark = format!("smoke-{}-", self.number);
         if line.contains(&format!("{mark}begin")) {
             self.output.clear();
+            self.begun = true;
             return None;
         }
         let end = format!("{mark}end-");
@@ -49,7 +52,7 @@ impl Shell {
     }
 
     fn add(&mut self, line: &str) {
-        if self.output.len() + line.len() < MOST {
+        if self.begun && self.output.len() + line.len() < MOST {
             self.output += line;
             self.output.push('\n');
         }
@@ -78,6 +81,14 @@ mod tests {
                        6.1.0\nsmoke-@-end-0-\nroot@guest:~# ";
         assert_eq!(take(&mut shell, &console.replace("root@", "root:")), Some(0));
         assert_eq!(shell.output(), "6.1.0");
+    }
+
+    #[test]
+    fn an_echo_is_no_output_even_if_a_kernel_message_is_in_the_mark() {
+        let mut shell = Shell::new("echo OK");
+        let console = "# echo smoke-\"@\"-begin; eval 'echo OK'; echo smoke-\"@\"-end-$?-\nsmoke-@-be[ 1.0] usb\ngin\nOK\nsmoke-@-end-0-\n";
+        assert_eq!(take(&mut shell, console), Some(0));
+        assert_eq!(shell.output(), "");
     }
 
     #[test]

@@ -123,18 +123,27 @@ fn commands_that_fail() {
     assert_eq!(failed.summary, "the guest powered off (step: run \"true\")");
 }
 
+/// A machine that says this, all at once, and lives on.
+fn said(text: &str) -> String {
+    format!("cat <<'END'\n{text}END\nsleep 100")
+}
+
 #[test]
 fn trouble_nobody_asked_about() {
     let wait = "[[step]]\nwait = 'login: '\n";
-    let panic = "echo boot; echo '[    1.0] Kernel panic - not syncing: no init'; echo ' trace'; sleep 100";
+    let panic = said("boot\n[    1.0] Kernel panic - not syncing: no init\n trace\n");
+    let panic = panic.as_str();
     let failed = failure(wait, panic);
     assert_eq!(failed.summary, "kernel panic (step: wait for \"login: \")");
     let quotes: Vec<_> = failed.quotes.iter().map(|line| (line.number, line.text.as_str())).collect();
     assert_eq!(quotes, [(2, "[    1.0] Kernel panic - not syncing: no init"), (3, " trace")]);
 
     // In the same breath as what the last step waits for.
-    let failed = failure(wait, "printf 'login: \\nKernel panic - not syncing: late\\n'; sleep 100");
+    let failed = failure(wait, &said("login: \nKernel panic - not syncing: late\n"));
     assert_eq!(failed.summary, "kernel panic");
+    // At once and one after the other, it is the step that waited then.
+    let warning = "WARNING: CPU: 0 PID: 1 at a.c:1 f\nlogin: \n";
+    assert_eq!(failure(wait, &said(warning)).summary, "kernel warning (step: wait for \"login: \")");
     let warning = "echo 'WARNING: CPU: 0 PID: 1 at a.c:1 f'; printf 'login: '; sleep 100";
     assert_eq!(failure(wait, warning).summary, "kernel warning (step: wait for \"login: \")");
     let outcome = passes(&format!("fail.warning = 'warn'\n{wait}"), warning);
@@ -148,6 +157,39 @@ fn trouble_nobody_asked_about() {
         "[[step]]\nwait = 'BUG: '\n[[step]]\nwait = 'login: '\n",
         "echo 'BUG: one'; sleep 0.1; printf 'login: '; sleep 100",
     );
+    passes(
+        "[[step]]\nwait = 'BUG: '\n[[step]]\nwait = 'login: '\n",
+        "printf 'BUG: '; sleep 0.1; echo one; sleep 0.1; printf 'login: '; sleep 100",
+    );
+}
+
+#[test]
+fn trouble_right_after_the_last_step() {
+    let wait = "[[step]]\nwait = 'ready'\n";
+    let ends =
+        |message: &str, code: u8| format!("echo ready; echo 'skiff: {message}; exit code {code}' >&2; exit {code}");
+    assert_eq!(
+        failure(wait, &ends("warning: triple fault", 6)).summary,
+        "triple fault (exit code 6) (step: none, all were passed)"
+    );
+    assert!(
+        failure(wait, &ends("warning: the guest kernel panicked", 4)).summary.starts_with("the guest kernel panicked")
+    );
+    passes(wait, &ends("the guest powered off", 0));
+    passes(wait, &ends("the guest wrote 0x10 to the debug exit port", 33));
+    let outcome = play(wait, "echo ready; echo 'a bug of skiff' >&2; exit 101");
+    assert_eq!((outcome.verdict, outcome.failure.unwrap().summary.as_str()), (Verdict::Error, "a bug of skiff"));
+    // A machine that reset in between comes to its last step all the same.
+    let reset = format!("echo boot; echo 'skiff: {RESTART}' >&2; sleep 0.1; echo ready; sleep 100");
+    assert_eq!(failure(wait, &reset).summary, "the guest reset the machine, and no step expects it");
+}
+
+#[test]
+fn what_a_machine_says_at_its_end_is_kept() {
+    let failed =
+        play("[[step]]\nwait = 'never'\ntimeout = '300ms'\n", "echo a; echo b >&2; sleep 0.1; echo c; sleep 100");
+    let lines: Vec<_> = failed.console.lines().into_iter().map(|line| line.bytes).collect();
+    assert_eq!((lines, failed.messages.as_str()), (vec![b"a".to_vec(), b"c".to_vec()], "b\n"));
 }
 
 #[test]
@@ -158,6 +200,7 @@ fn a_panic_that_is_wanted() {
         "[[step]]\nwait = 'Kernel panic'\n[[step]]\nexpect = 'panic'\n",
         "echo 'Kernel panic - not syncing: x'; sleep 100",
     );
+    passes("[[step]]\nexpect = 'panic'\n", "echo 'Kernel panic - not syncing: x'; yes");
     let silent = "echo 'skiff: warning: the guest kernel panicked; exit code 4' >&2; exit 4";
     passes("[[step]]\nexpect = 'panic'\n[[step]]\ncheck-file = 'k'\n", silent);
     let failed = failure("[[step]]\nexpect = 'panic'\n", POWERED_OFF);
