@@ -71,8 +71,12 @@ fn the_sample_configurations_are_machines() {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../resources/configs");
     let mut seen = 0;
     for entry in std::fs::read_dir(folder).unwrap() {
-        stdout(&["run", "--dry-run", "--config", entry.unwrap().path().to_str().unwrap()]);
-        seen += 1;
+        let path = entry.unwrap().path();
+        // Scenarios of skiff smoke are in a folder of their own.
+        if path.is_file() {
+            stdout(&["run", "--dry-run", "--config", path.to_str().unwrap()]);
+            seen += 1;
+        }
     }
     assert!(seen >= 2);
 }

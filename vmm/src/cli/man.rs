@@ -105,6 +105,7 @@ mod tests {
                 "skiff.1",
                 "skiff-run.1",
                 "skiff-smoke.1",
+                "skiff-smoke-new.1",
                 "skiff-bench.1",
                 "skiff-bench-compare.1",
                 "skiff-disk.1",
