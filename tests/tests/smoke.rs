@@ -162,6 +162,15 @@ fn fifty_scenarios_two_at_a_time() {
     }
     let (code, results) = scenarios.run(&["-j", "2"]);
     assert_eq!((verdicts(&results), code), (vec!["passed"; 50], 0));
+    let time = |test: &Value, key: &str| test[key].as_f64().unwrap();
+    let times: Vec<_> = tests_of(&results)
+        .iter()
+        .map(|test| (time(test, "began"), time(test, "began") + time(test, "seconds")))
+        .collect();
+    // In the middle of each, so that it does not matter how times are rounded.
+    let running = |at: f64| times.iter().filter(|(began, ended)| *began <= at && at <= *ended).count();
+    let most = times.iter().map(|(began, ended)| running(f64::midpoint(*began, *ended))).max();
+    assert_eq!(most, Some(2), "{times:?}");
 }
 
 #[test]

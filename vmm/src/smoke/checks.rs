@@ -46,10 +46,10 @@ pub(super) fn disk(image: &Path, id: &str, check: &DiskCheck, deadline: Instant)
             let said = tool(command, deadline)?;
             // e2fsck(8), exit code: 0 no errors, 4 errors left uncorrected; with -n also 0 after a journal that it left alone.
             match said.code {
-                Some(0) if !said.errors.contains("skipping journal recovery") => Ok(()),
-                Some(0) => {
+                Some(0) if said.has("skipping journal recovery") => {
                     Err(Complaint::Wrong(format!("{id}: its journal was not written back: it was not unmounted")))
                 }
+                Some(0) => Ok(()),
                 Some(4) => Err(Complaint::Wrong(format!("{id}: e2fsck finds: {}", said.in_short()))),
                 _ => Err(Complaint::Wrong(format!("{id}: e2fsck cannot check it: {}", said.in_short()))),
             }
@@ -59,6 +59,9 @@ pub(super) fn disk(image: &Path, id: &str, check: &DiskCheck, deadline: Instant)
             command.args(["-R", &format!("cat \"{path}\"")]).arg(image);
             let said = tool(command, deadline)?;
             let shown = format!("{path} on {id}");
+            if said.code.is_none() {
+                return Err(Complaint::Host(format!("debugfs was killed while it read {shown}")));
+            }
             // It ends with 0 whatever happened, and says the rest on standard error, after its version.
             let errors: Vec<_> = said.errors.lines().filter(|line| !line.starts_with("debugfs ")).collect();
             match errors.as_slice() {
@@ -106,6 +109,11 @@ struct Said {
 }
 
 impl Said {
+    /// Whether `text` is in what it said; which stream has it differs between versions.
+    fn has(&self, text: &str) -> bool {
+        self.output.contains(text) || self.errors.contains(text)
+    }
+
     fn in_short(&self) -> String {
         let lines = self.errors.lines().chain(self.output.lines());
         let lines: Vec<_> =
@@ -211,10 +219,19 @@ mod tests {
         let other = wrong(check(file("/etc/host name", contains("other"))));
         assert_eq!(other, "/etc/host name on root has no \"other\" in it: \"skiff\\n\"");
 
+        let change = |request: &str| {
+            let mut debugfs = Command::new("debugfs");
+            debugfs.args(["-w", "-R", request]).arg(&image).env("PATH", "/usr/sbin:/sbin:/usr/bin:/bin");
+            assert!(debugfs.output().unwrap().status.success());
+        };
+        // As a machine leaves it that is killed while it is mounted.
+        change("feature needs_recovery");
+        let unmounted = "root: its journal was not written back: it was not unmounted";
+        assert_eq!(wrong(check(DiskCheck::Clean)), unmounted);
+        change("feature -needs_recovery");
+        assert_eq!(check(DiskCheck::Clean), Ok(()));
         // Says of an inode that is used that it is free.
-        let mut debugfs = Command::new("debugfs");
-        debugfs.args(["-w", "-R", "freei /etc"]).arg(&image).env("PATH", "/usr/sbin:/sbin:/usr/bin:/bin");
-        assert!(debugfs.output().unwrap().status.success());
+        change("freei /etc");
         assert!(wrong(check(DiskCheck::Clean)).starts_with("root: e2fsck finds: "));
         std::fs::write(&image, vec![0; 4 << 20]).unwrap();
         assert!(wrong(check(DiskCheck::Clean)).starts_with("root: e2fsck cannot check it: "));

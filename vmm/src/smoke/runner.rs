@@ -80,6 +80,7 @@ pub fn run(plan: &Plan, stop: &AtomicBool, observer: &dyn Observer) -> Run {
     let surroundings = Surroundings { observer, stop, began };
     let queue = Queue::new(&selected, memory_available(), plan.jobs.is_none().then_some(cpus));
     thread::scope(|scope| {
+        let mut workers = Vec::new();
         for number in 0..jobs {
             let work = || {
                 while let Some(at) = queue.take(stop) {
@@ -88,15 +89,15 @@ pub fn run(plan: &Plan, stop: &AtomicBool, observer: &dyn Observer) -> Run {
                     queue.finish(at, outcome);
                 }
             };
-            let worker = thread::Builder::new().name(format!("smoke-{number}")).spawn_scoped(scope, work);
-            if let Err(error) = worker
-                && number == 0
-            {
-                tracing::error!("no thread for the tests: {error}");
+            match thread::Builder::new().name(format!("smoke-{number}")).spawn_scoped(scope, work) {
+                Ok(worker) => workers.push(worker),
+                Err(error) if number == 0 => tracing::error!("no thread for the tests: {error}"),
+                // Those that there are do it.
+                Err(_) => break,
             }
         }
         // The workers look for themselves; this one says it, once, while they end.
-        while !queue.is_over() && !stop.load(Ordering::Relaxed) {
+        while !workers.iter().all(thread::ScopedJoinHandle::is_finished) && !stop.load(Ordering::Relaxed) {
             queue.wait();
         }
         if !queue.is_over() {
@@ -106,7 +107,12 @@ pub fn run(plan: &Plan, stop: &AtomicBool, observer: &dyn Observer) -> Run {
     let outcomes = queue.into_outcomes();
     let outcomes = outcomes.into_iter().zip(&selected).map(|(outcome, job)| {
         outcome.unwrap_or_else(|| {
-            let outcome = not_run(&job.test, Verdict::Skipped, "interrupted before it began".to_owned());
+            let (verdict, why) = if stop.load(Ordering::Relaxed) {
+                (Verdict::Skipped, "interrupted before it began")
+            } else {
+                (Verdict::Error, "there was no thread to run it")
+            };
+            let outcome = not_run(&job.test, verdict, why.to_owned());
             observer.event(Event::Ended { outcome: &outcome });
             outcome
         })

@@ -6,6 +6,7 @@ use super::Reader;
 use crate::config::{Entry, OnReboot, VmConfig};
 use crate::smoke::keys;
 use crate::smoke::scenario::{Action, Content, DiskCheck, Ending, Measuring, Step};
+use crate::smoke::shell::Shell;
 
 /// What a step can do, and the keys that may stand beside it.
 const ACTIONS: [(&str, &[&str]); 11] = [
@@ -31,7 +32,9 @@ const ENDINGS: [(&str, Ending); 4] = [
     ("triple-fault", Ending::TripleFault),
 ];
 
-/// What a terminal takes as one line (termios(3), canonical mode), less the words that `run` puts around it.
+/// What a terminal takes as one line, with its end (termios(3), canonical mode).
+const LONGEST_TYPED: usize = 4096;
+/// The same, less the words that `run` puts around it.
 const LONGEST_LINE: usize = 3900;
 
 /// The entries of one step.
@@ -160,6 +163,13 @@ impl Reader<'_> {
         let command = self.line_to_type(entry)?;
         if command.trim().is_empty() {
             return self.none(entry, "no command; write one, such as \"uname -r\"");
+        }
+        let typed = Shell::new(&command).input().len();
+        if typed > LONGEST_TYPED {
+            let what = format!(
+                "it becomes {typed} bytes on the command line, with each quote four times, and a terminal takes {LONGEST_TYPED}"
+            );
+            return self.none(entry, what);
         }
         let status = match find(all, "status") {
             Some(any) if matches!(any.value, DeValue::String(text) if text == "any") => None,

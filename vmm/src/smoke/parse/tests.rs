@@ -157,6 +157,7 @@ fn all_mistakes_are_told_at_once_in_the_order_of_the_file() {
 
 #[test]
 fn what_is_impossible() {
+    let quotes = format!("[[step]]\nrun = \"echo {}\"", "'".repeat(2000));
     for (text, complaint) in [
         ("", "a.toml:1: there is no [[step]]; write one, such as wait = \"login:\" below it"),
         ("step = 1", "a.toml:2: step: steps are tables; write [[step]]"),
@@ -168,6 +169,7 @@ fn what_is_impossible() {
         ("[[step]]\nexpect = 'sleep'", "a.toml:3: expect: \"sleep\" is none of poweroff, reboot, panic, triple-fault"),
         ("[[step]]\nexit-code = 256", "a.toml:3: exit-code: not a number from 0 to 255"),
         ("[[step]]\nwait = 'a'\nmax = '1s'", "a.toml:4: max: of which time? write measure = \"NAME\" too"),
+        (&quotes, "a.toml:3: run: it becomes 80"),
         ("[[step]]\nrun = 'x'\noutput = 'a'\noutput-regex = 'b'", "a.toml:5: output-regex: there is output already"),
         (
             "[[step]]\nexpect = 'poweroff'\n[[step]]\nwait = 'x'",
