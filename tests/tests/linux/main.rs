@@ -6,6 +6,7 @@ mod choices;
 mod debian;
 mod discard;
 mod disk;
+mod filesystems;
 mod fio;
 mod kill;
 mod limits;
