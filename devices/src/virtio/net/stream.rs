@@ -227,9 +227,11 @@ impl Port for Stream {
     }
 
     fn is_up(&mut self) -> bool {
-        if !self.lost {
+        // Its end may have been seen by who polls it, and not by a read.
+        if !self.lost && !hung_up(self.file()) {
             return true;
         }
+        self.lost = true;
         let Ok(socket) = (self.reconnect)() else { return false };
         if socket.set_nonblocking(true).is_err() {
             return false;
@@ -239,6 +241,14 @@ impl Port for Stream {
         self.rest.clear();
         true
     }
+}
+
+/// Whether the other end of `socket` is closed.
+fn hung_up(socket: BorrowedFd<'_>) -> bool {
+    let mut entry = libc::pollfd { fd: socket.as_raw_fd(), events: 0, revents: 0 };
+    // SAFETY: one entry, which the kernel fills in.
+    let found = unsafe { libc::poll(&raw mut entry, 1, 0) };
+    found > 0 && entry.revents & (libc::POLLHUP | libc::POLLERR) != 0
 }
 
 /// Appends the `len` bytes from `offset` on of `buffers` to `iovecs`, as far as they exist.

@@ -248,7 +248,7 @@ impl PairWorker {
     }
 
     fn receive(&mut self, port: &mut dyn Port) -> Result<bool, Broken> {
-        let active = self.has_frames && !self.lost && self.pair < self.copy.settings.pairs;
+        let active = self.has_frames && self.receives();
         let Some(rx) = self.rx.as_mut().filter(|_| active) else { return Ok(false) };
         let (mut more, mut lost, mut untold) = (false, None, 0);
         for left in (0..BATCH).rev() {
@@ -409,9 +409,16 @@ impl PairWorker {
         }
     }
 
+    /// Whether frames of the port may go to the driver.
+    fn receives(&self) -> bool {
+        !self.lost && self.pair < self.copy.settings.pairs
+    }
+
     /// Milliseconds until a limit lets a frame pass, or a lost port is looked for; -1 if neither.
     fn patience(&self) -> i32 {
-        let gates = [self.rx.as_ref().map(|rx| &rx.gate), self.tx.as_ref().map(|tx| &tx.gate)];
+        // A gate that nobody comes to stays as it is, however long it has been due.
+        let rx = self.rx.as_ref().filter(|_| self.receives());
+        let gates = [rx.map(|rx| &rx.gate), self.tx.as_ref().map(|tx| &tx.gate)];
         let gates = gates.into_iter().flatten().filter_map(Gate::patience);
         gates.chain(self.lost.then_some(LOOK)).min().map_or(-1, millis)
     }

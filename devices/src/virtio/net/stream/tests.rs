@@ -232,6 +232,14 @@ fn a_lost_connection_is_said_once_and_made_anew() {
 }
 
 #[test]
+fn a_connection_that_ended_is_not_up_before_anybody_reads() {
+    let (mut stream, far) = connected();
+    assert!(stream.is_up());
+    drop(far);
+    assert!(!stream.is_up());
+}
+
+#[test]
 fn a_length_that_no_frame_has_ends_the_connection() {
     for length in [0, LARGEST_FRAME as u32 + 1, u32::MAX] {
         let (mut stream, mut far) = connected();

@@ -1,6 +1,8 @@
 //! Rate limits. No time is measured: with rates this low, what is over the limit would come in minutes.
 
 use std::num::NonZeroU64;
+use std::thread;
+use std::time::Duration;
 
 use super::*;
 
@@ -55,4 +57,30 @@ fn what_waited_passes_in_time() {
     bench.queues[1].kick(30);
     bench.used(1, 30);
     assert_eq!(bench.counted().tx.frames, 30);
+}
+
+#[test]
+fn a_lost_port_is_not_waited_for_by_a_limit() {
+    let mut bench = limited(Limits { rx_bytes: NonZeroU64::new(4096), ..Limits::default() });
+    bench.fill(DATA, &frame(1000));
+    for _ in 0..10 {
+        bench.queues[0].add(&[writable(DATA + 0x1000, 1526)]);
+        bench.hosts[0].send(&frame(1000)).unwrap();
+    }
+    bench.queues[0].kick.write(1).unwrap();
+    // The third has to wait, and by then the port is lost.
+    bench.used(0, 2);
+    bench.ends.down.store(true, Ordering::SeqCst);
+    bench.queues[1].add(&[readable(DATA, 1012)]);
+    bench.queues[1].kick.write(1).unwrap();
+    bench.used(1, 1);
+    let looks = || bench.ends.looks.load(Ordering::SeqCst);
+    let until = looks() + 8;
+    while looks() < until {
+        thread::sleep(Duration::from_millis(10));
+    }
+    // proc_pid_schedstat(5): first the nanoseconds on a CPU. A thread that never sleeps would have taken most of two seconds.
+    let thread = Path::new("/proc").join(&*bench.ends.thread.lock().unwrap()).join("schedstat");
+    let spent: u64 = fs::read_to_string(thread).unwrap().split(' ').next().unwrap().parse().unwrap();
+    assert!(spent < 200_000_000, "{spent} ns of a CPU, with nothing to do");
 }

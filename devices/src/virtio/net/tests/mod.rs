@@ -1,8 +1,10 @@
 //! The device as a driver sees it: through eventfds and guest memory, over a pair of sockets as its back end.
 
 use std::collections::VecDeque;
+use std::fs;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::net::UnixDatagram;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering, fence};
 
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
@@ -54,6 +56,9 @@ struct Ends {
     receives: AtomicU64,
     /// A bit a port that takes part.
     enabled: AtomicU8,
+    /// How often a port was looked for, and by which thread: where proc(5) tells of it.
+    looks: AtomicU64,
+    thread: Mutex<PathBuf>,
 }
 
 /// The device's end of a pair of sockets that keep frames apart.
@@ -102,6 +107,8 @@ impl Port for SocketPort {
         Ok(())
     }
     fn is_up(&mut self) -> bool {
+        *self.ends.thread.lock().unwrap() = fs::read_link("/proc/thread-self").unwrap();
+        self.ends.looks.fetch_add(1, Ordering::SeqCst);
         self.check().is_ok()
     }
 }
