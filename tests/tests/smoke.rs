@@ -136,7 +136,13 @@ fn mistakes_are_told_at_once_and_nothing_starts() {
         said.lines().map(|line| line.trim_start_matches(&folder).split(": ").next().unwrap()).collect();
     assert_eq!(places, ["a.toml:2", "a.toml:4", "b.toml:4"], "{said}");
     let wrong = Scenarios::new().with("a", "test=none", "[[step]]\nexit-code = 33\n");
-    for flags in [&["--filter", "b"][..], &["--json", "-", "--tap", "-"], &["-j", "0"], &["--repeat", "0"]] {
+    for flags in [
+        &["--filter", "b"][..],
+        &["--json", "-", "--tap", "-"],
+        &["--json", "same", "--tap", "same"],
+        &["-j", "0"],
+        &["--repeat", "0"],
+    ] {
         assert_eq!(wrong.command(flags).output().unwrap().status.code(), Some(2), "{flags:?}");
     }
 }

@@ -173,6 +173,10 @@ impl SmokeArgs {
                 "only one form of the results can go to standard output; name files".to_owned(),
             ));
         }
+        let named: Vec<_> = files.iter().filter_map(|(_, path)| path.as_ref()).collect();
+        if let Some(path) = named.iter().enumerate().find_map(|(at, path)| named[..at].contains(path).then_some(path)) {
+            return Err(Failure::Usage(format!("{}: two forms of the results in one file; name two", path.display())));
+        }
         for target in &targets {
             target.check().map_err(|error| Failure::Usage(format!("{error:#}")))?;
         }

@@ -18,6 +18,9 @@ use super::transcript::Transcript;
 
 /// Besides a machine's memory, what it and its test take.
 const OVERHEAD: u64 = 32 << 20;
+/// Bytes of consoles that are kept of a run, as they are; of tests that end after that only the last [`END`] are.
+const CONSOLES: usize = 256 << 20;
+const END: usize = 4 << 10;
 /// How long to sleep between looks at whether the user wants to stop.
 const TICK: Duration = Duration::from_millis(100);
 
@@ -189,6 +192,8 @@ struct State {
     next: usize,
     running: usize,
     taken: (u64, usize),
+    /// Bytes of consoles in the outcomes.
+    consoles: usize,
     outcomes: Vec<Option<Outcome>>,
 }
 
@@ -196,7 +201,7 @@ impl Queue {
     fn new(jobs: &[Job<'_>], memory: u64, cpus: Option<usize>) -> Self {
         let need = |job: &Job<'_>| (job.cell.machine.memory.size + OVERHEAD, job.cell.machine.cpus as usize);
         let outcomes = jobs.iter().map(|_| None).collect();
-        let state = Mutex::new(State { next: 0, running: 0, taken: (0, 0), outcomes });
+        let state = Mutex::new(State { next: 0, running: 0, taken: (0, 0), consoles: 0, outcomes });
         Self { needs: jobs.iter().map(need).collect(), room: (memory, cpus), state, changed: Condvar::new() }
     }
 
@@ -221,8 +226,12 @@ impl Queue {
         }
     }
 
-    fn finish(&self, at: usize, outcome: Outcome) {
+    fn finish(&self, at: usize, mut outcome: Outcome) {
         let mut state = self.lock();
+        if state.consoles + outcome.console.kept() > CONSOLES {
+            outcome.console.keep_end(END);
+        }
+        state.consoles += outcome.console.kept();
         let (memory, cpus) = self.needs[at];
         state.running -= 1;
         state.taken = (state.taken.0 - memory, state.taken.1 - cpus);
@@ -266,7 +275,7 @@ mod tests {
 
     fn queue(needs: &[(u64, usize)], room: (u64, Option<usize>)) -> Queue {
         let outcomes = needs.iter().map(|_| None).collect();
-        let state = Mutex::new(State { next: 0, running: 0, taken: (0, 0), outcomes });
+        let state = Mutex::new(State { next: 0, running: 0, taken: (0, 0), consoles: 0, outcomes });
         Queue { needs: needs.to_vec(), room, state, changed: Condvar::new() }
     }
 
@@ -305,6 +314,21 @@ mod tests {
             queue.finish(0, not_run(&test_id(0), Verdict::Skipped, String::new()));
             assert!(fit(&queue) >= usize::from(needs.len() > fits), "one ended, another begins");
         }
+    }
+
+    #[test]
+    fn consoles_of_a_long_run_are_bounded() {
+        let queue = queue(&[(MIB, 1); 3], (MIB, None));
+        let stop = AtomicBool::new(false);
+        for at in 0..3 {
+            assert_eq!(queue.take(&stop), Some(at));
+            queue.lock().consoles = if at == 1 { CONSOLES - (10 << 10) } else { 0 };
+            let mut outcome = not_run(&test_id(at), Verdict::Passed, String::new());
+            outcome.console.push(Duration::ZERO, &vec![b'x'; 20 << 10]);
+            queue.finish(at, outcome);
+        }
+        let kept: Vec<_> = queue.into_outcomes().into_iter().map(|outcome| outcome.unwrap().console.kept()).collect();
+        assert_eq!(kept, [20 << 10, END, 20 << 10]);
     }
 
     #[test]

@@ -66,6 +66,25 @@ impl Transcript {
         }
     }
 
+    /// Keeps the last `most` bytes only. Nothing is to be added after that.
+    pub(super) fn keep_end(&mut self, most: usize) {
+        if self.tail.bytes.is_empty() {
+            self.tail = std::mem::take(&mut self.head);
+        } else {
+            self.dropped += std::mem::take(&mut self.head).bytes.len() as u64;
+        }
+        let excess = self.tail.bytes.len().saturating_sub(most);
+        self.tail.drop_first(excess);
+        self.tail.bytes.shrink_to_fit();
+        self.tail.times.shrink_to_fit();
+        self.dropped += excess as u64;
+    }
+
+    /// How many bytes are kept.
+    pub(super) fn kept(&self) -> usize {
+        self.head.bytes.len() + self.tail.bytes.len()
+    }
+
     /// How many bytes came in all.
     pub fn len(&self) -> u64 {
         (self.head.bytes.len() + self.tail.bytes.len()) as u64 + self.dropped
@@ -200,6 +219,23 @@ mod tests {
             assert_eq!(line.at, ms(line.number));
         }
         assert_eq!(lines.last().map(|line| line.number), Some(300_000));
+    }
+
+    #[test]
+    fn only_the_end_is_kept() {
+        for lines in [10_u64, 1000, 300_000] {
+            let mut console = Transcript::default();
+            (1..=lines).for_each(|number| console.push(ms(number), format!("line {number}\n").as_bytes()));
+            let len = console.len();
+            console.keep_end(100);
+            assert_eq!((console.len(), console.line_number()), (len, lines + 1));
+            assert!(console.kept() <= 100 && console.dropped() == len - console.kept() as u64);
+            let kept = console.lines();
+            let last = kept.last().unwrap();
+            let text = format!("line {lines}");
+            assert_eq!((last.number, last.at, last.bytes.as_slice()), (lines, ms(lines), text.as_bytes()));
+            assert_eq!(kept[0].dropped, console.dropped());
+        }
     }
 
     #[test]
