@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use tests::{Machine, Network, Wired, network};
+use tests::{Machine, Network, Wired, assets, network};
 
 use super::{answer, dhcp_server, from_host, is_content, set_up_ipv6, tcp};
 
@@ -22,7 +22,7 @@ fn meets(network: &Network, guest: &mut Machine, folder: &Path) {
     for (there, back) in [("192.0.2.1", "192.0.2.2"), ("2001:db8::1", "2001:db8::2")] {
         let report = guest.ask(&format!("ping -c 3 -i 0.1 -W 20 -s 1400 {there}"));
         assert!(report.contains("3 packets received, 0% packet loss"), "{report}");
-        let busybox = tests::assets::guest("busybox");
+        let busybox = assets::guest("busybox");
         let report = network.run([busybox.to_str().unwrap(), "ping", "-c", "3", "-i", "0.1", "-W", "20", back]);
         assert!(report.contains("3 packets received, 0% packet loss"), "{report}");
     }
@@ -41,7 +41,7 @@ fn exchanges(network: &Network, guest: &mut Machine, streams: u32) {
 
 /// The same file by tools that know nothing of each other: netcat and sha256sum of busybox.
 fn carries_a_file(network: &Network, guest: &mut Machine, folder: &Path) {
-    let busybox = tests::assets::guest("busybox");
+    let busybox = assets::guest("busybox");
     let (busybox, file) = (busybox.display(), folder.join("file"));
     network.run(["sh", "-c", &format!("head -c 3000001 /dev/urandom >{}", file.display())]);
     let sum = network.run(["sh", "-c", &format!("sha256sum <{}", file.display())]);
@@ -111,4 +111,20 @@ fn through_one_pair_of_queues() {
 #[test]
 fn through_four_pairs_of_queues() {
     transfers("linux::net::transfers::through_four_pairs_of_queues", 4, false);
+}
+
+#[test]
+fn through_vhost() {
+    let name = "linux::net::transfers::through_vhost";
+    if assets::has_vhost(name) {
+        transfers(name, 1, true);
+    }
+}
+
+#[test]
+fn through_four_pairs_of_queues_of_vhost() {
+    let name = "linux::net::transfers::through_four_pairs_of_queues_of_vhost";
+    if assets::has_vhost(name) {
+        transfers(name, 4, true);
+    }
 }
