@@ -1,0 +1,163 @@
+//! `--net` that makes no network: each bad input ends with one line that names the option and the remedy, with exit code 2 for
+//! usage and 1 for a failed start. The interfaces are in a network namespace of the test's own. No Linux guest runs here.
+
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+
+use tempfile::TempDir;
+use tests::network::skipped;
+use tests::{Network, assets};
+
+const USAGE: i32 = 2;
+const FAILED_START: i32 = 1;
+
+/// A namespace, and a kernel that would boot.
+struct Host {
+    network: Network,
+    kernel: PathBuf,
+    _folder: TempDir,
+}
+
+impl Host {
+    /// What is wrong with an interface only shows when the machine starts, and that needs the host's KVM to be there.
+    fn new(test: &str) -> Option<Self> {
+        let name = format!("net::{test}");
+        if let Err(error) = File::options().read(true).write(true).open("/dev/kvm") {
+            skipped(&name, &format!("/dev/kvm: {error}"));
+            return None;
+        }
+        let network = Network::new(&name)?;
+        let folder = tempfile::tempdir().expect("a scratch folder");
+        let kernel = folder.path().join("kernel");
+        fs::write(&kernel, guest::ELF).expect("a scratch file");
+        Some(Self { network, kernel, _folder: folder })
+    }
+
+    fn run(&self, words: &[&str]) {
+        self.network.run(words);
+    }
+
+    /// `skiff run`, started by `wrapper`, with these networks.
+    fn refuses_by(&self, wrapper: &[&str], nets: &[&str], code: i32, parts: &[&str]) {
+        let skiff = assets::skiff();
+        let words = wrapper.iter().map(Path::new).chain([skiff.as_path()]);
+        let words: Vec<_> = words.collect();
+        let mut command = self.network.command(words[0]);
+        command.args(&words[1..]);
+        refused(arguments(&mut command, &self.kernel, nets), nets, code, parts);
+    }
+
+    fn refuses(&self, nets: &[&str], parts: &[&str]) {
+        self.refuses_by(&[], nets, FAILED_START, parts);
+    }
+}
+
+fn arguments<'a>(command: &'a mut Command, kernel: &Path, nets: &[&str]) -> &'a mut Command {
+    command.args(["run", "--kernel"]).arg(kernel).stdin(Stdio::null());
+    command.args(nets.iter().flat_map(|net| ["--net", net]))
+}
+
+fn refused(command: &mut Command, nets: &[&str], code: i32, parts: &[&str]) {
+    let output: Output = command.output().expect("the program starts");
+    let text = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(code), "{nets:?}: {text}");
+    assert_eq!(output.stdout, b"", "{nets:?}: nothing on standard output");
+    // Warnings that the machine would start with are no part of why it does not.
+    let lines: Vec<_> = text.lines().filter(|line| !line.contains("WARN")).collect();
+    let [line] = lines[..] else { panic!("{nets:?}: one line, not {text:?}") };
+    for part in parts {
+        assert!(line.contains(part), "{nets:?}: {part:?} is not in {line:?}");
+    }
+}
+
+#[test]
+fn values_that_no_interface_has() {
+    let folder = tempfile::tempdir().expect("a scratch folder");
+    let kernel = folder.path().join("kernel");
+    fs::write(&kernel, guest::ELF).expect("a scratch file");
+    let table: &[(&[&str], &[&str])] = &[
+        (&["tap=tap0,mac=52:54:00:12:34"], &["mac", "not a MAC address", "52:54:00:12:34:56"]),
+        (&["tap=tap0,mac=52:54:00:12:34:5g"], &["mac", "not a MAC address", "52:54:00:12:34:56"]),
+        (&["tap=tap0,mac=33:33:00:00:00:01"], &["mac", "multicast", "32:33:00:00:00:01"]),
+        (&["tap=tap0,mac=00:00:00:00:00:00"], &["mac", "leave mac= out"]),
+        (&["tap=tap0,mtu=67"], &["mtu", "68 to 65535"]),
+        (&["tap=tap0,mtu=65536"], &["mtu", "68 to 65535"]),
+        (&["tap=tap0,ioeventfd=maybe"], &["ioeventfd", "maybe", "on", "off"]),
+        (&["tap=tap0,vhost=maybe"], &["vhost", "maybe", "on", "off", "auto"]),
+        (&["tap=tap0,queues=0"], &["queues", "1 to"]),
+        (
+            &["tap=tap0,mac=52:54:00:12:34:56", "tap=tap1,mac=52:54:00:12:34:56"],
+            &["mac=52:54:00:12:34:56 belongs to net0", "one address"],
+        ),
+        (&["tap=tap0", "tap=tap0"], &["tap=tap0 belongs to net0", "its own"]),
+    ];
+    for (nets, parts) in table {
+        refused(arguments(&mut Command::new(assets::skiff()), &kernel, nets), nets, USAGE, parts);
+    }
+}
+
+#[test]
+fn interfaces_that_cannot_be_used() {
+    let Some(host) = Host::new("interfaces_that_cannot_be_used") else { return };
+    host.network.tap("tap0", 1);
+    host.refuses(&["tap=tap1"], &["--net tap=tap1", "no such interface", "\"tap0\"", "ip tuntap add tap1 mode tap"]);
+    host.refuses(&["tap=lo"], &["--net tap=lo", "neither a TAP nor a macvtap", "bridge"]);
+    host.refuses(&["tap=tap0,queues=2"], &["--net tap=tap0", "one queue", "multi_queue"]);
+    host.refuses(&["tap=tap0,host-ip=192.0.2.1/24"], &["tap0 exists", "leave host-ip= out"]);
+    host.refuses(&["tap=tap9,host-ip=192.0.2.1/24,mtu=65522"], &["mtu=65522", "65521"]);
+}
+
+#[test]
+fn an_interface_in_use() {
+    let Some(host) = Host::new("an_interface_in_use") else { return };
+    host.network.tap("tap0", 1);
+    // The machine starts again and again.
+    let mut command = Command::new(assets::skiff());
+    arguments(&mut command, &host.kernel, &["tap=tap0"]).args(["--cmdline", "test=pci end=reset"]);
+    let _first = host.network.start(&mut command);
+    host.refuses(&["tap=tap0"], &["--net tap=tap0", "in use by another program"]);
+}
+
+/// Root's files without root's capabilities, so that it is the interface that is refused and not the host's KVM.
+#[test]
+fn interfaces_of_others() {
+    let Some(host) = Host::new("interfaces_of_others") else { return };
+    let bare = ["setpriv", "--bounding-set=-all", "--inh-caps=-all"];
+    host.refuses_by(
+        &bare,
+        &["tap=,host-ip=192.0.2.1/24"],
+        FAILED_START,
+        &["--net tap=,host-ip=192.0.2.1/24", "CAP_NET_ADMIN", "ip tuntap add tap0 mode tap user $USER", "passt"],
+    );
+    let owned = host.network.command("ip").args("tuntap add tap0 mode tap user 65534".split(' ')).output();
+    if !owned.expect("nsenter of util-linux").status.success() {
+        skipped("net::interfaces_of_others", "no interface can be another user's in a namespace of this user");
+        return;
+    }
+    host.run(&["ip", "link", "set", "tap0", "up"]);
+    host.refuses_by(
+        &bare,
+        &["tap=tap0"],
+        FAILED_START,
+        &["--net tap=tap0", "CAP_NET_ADMIN", "ip tuntap add tap0 mode tap user $USER"],
+    );
+}
+
+#[test]
+fn what_the_host_lacks() {
+    let Some(host) = Host::new("what_the_host_lacks") else { return };
+    host.refuses_by(
+        &["env", "PATH=/nowhere"],
+        &["passt"],
+        FAILED_START,
+        &["--net passt", "not installed", "sudo apt install passt"],
+    );
+    host.refuses(&["socket=/nowhere/passt.socket"], &["--net socket=", "nobody listens", "passt --socket"]);
+    if Path::new("/dev/vhost-net").exists() {
+        skipped("net::what_the_host_lacks", "this host has /dev/vhost-net");
+        return;
+    }
+    host.network.tap("tap0", 1);
+    host.refuses(&["tap=tap0,vhost=on"], &["--net tap=tap0", "vhost=on", "/dev/vhost-net", "modprobe vhost_net"]);
+}
