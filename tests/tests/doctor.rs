@@ -30,7 +30,7 @@ fn every_line_has_a_status_and_what_is_wrong_a_remedy() {
     assert_eq!(report["verdict"], worst);
     assert_eq!(output.status.code(), Some(i32::from(worst == "problem")));
     let names: Vec<_> = checks.iter().filter_map(|check| check["name"].as_str()).collect();
-    for subject in ["kvm-device", "io-uring", "linux-aio", "tun", "vhost-net", "memory-lock"] {
+    for subject in ["kvm-device", "io-uring", "linux-aio", "tun", "vhost-net", "passt", "memory-lock"] {
         assert!(names.contains(&subject), "{subject} is not in {names:?}");
     }
 }

@@ -1,7 +1,10 @@
 //! The checks of what the host has for disks, networks and memory. Main thread; `root` is where the host's files are.
 
+use std::env;
+use std::ffi::OsString;
 use std::fs::{self, OpenOptions};
 use std::io;
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
 use block::engine::{Aio, Unusable, native};
@@ -14,6 +17,7 @@ pub(super) fn checks(root: &Path) -> Vec<Check> {
         linux_aio(engine("linux-aio", Aio::Native.probe(1)), native::room()),
         device(&TUN, open(root, &TUN)),
         device(&VHOST_NET, open(root, &VHOST_NET)),
+        passt(env::var_os("PATH")),
         memory_lock(root),
         memory(root),
     ]
@@ -73,6 +77,21 @@ fn device(device: &Device, opened: io::Result<()>) -> Check {
         );
     }
     Check::warning(name, message, format!("load the module with \"sudo modprobe {module}\""))
+}
+
+/// passt(1), where `--net passt` looks for it.
+fn passt(path: Option<OsString>) -> Check {
+    let is_program =
+        |file: &Path| fs::metadata(file).is_ok_and(|found| found.is_file() && found.permissions().mode() & 0o111 != 0);
+    let path = path.unwrap_or_default();
+    match env::split_paths(&path).map(|folder| folder.join("passt")).find(|file| is_program(file)) {
+        Some(file) => Check::ok("passt", file.display().to_string()),
+        None => Check::warning(
+            "passt",
+            "not installed; it is for networks without root (--net passt)",
+            "install it with \"sudo apt install passt\"",
+        ),
+    }
 }
 
 /// What the kernel itself gives every process since Linux 5.16: 8 MiB.
@@ -167,6 +186,21 @@ mod tests {
         let denied = device(&TUN, Err(io::Error::from_raw_os_error(libc::EACCES)));
         assert_eq!(denied.status, Status::Warning);
         assert!(denied.remedy.unwrap().contains("sudo chmod g+rw /dev/net/tun"));
+    }
+
+    #[test]
+    fn passt_is_looked_for_where_it_would_be_started_from() {
+        let there = host(&[("bin/passt", ""), ("notes/passt", "")]);
+        let (bin, notes) = (there.path().join("bin"), there.path().join("notes"));
+        fs::set_permissions(bin.join("passt"), fs::Permissions::from_mode(0o755)).unwrap();
+        fs::set_permissions(notes.join("passt"), fs::Permissions::from_mode(0o644)).unwrap();
+        let found = passt(Some(env::join_paths([&notes, &bin]).unwrap()));
+        assert_eq!(found, Check::ok("passt", bin.join("passt").display().to_string()));
+        for path in [None, Some(notes.into_os_string())] {
+            let missing = passt(path);
+            assert_eq!(missing.status, Status::Warning);
+            assert_eq!(missing.remedy.unwrap(), "install it with \"sudo apt install passt\"");
+        }
     }
 
     #[test]
