@@ -14,6 +14,7 @@ use tempfile::TempDir;
 mod benchmark;
 mod cramped;
 mod disks;
+mod forbidden;
 mod groups;
 
 const MIB: usize = 1 << 20;
@@ -97,23 +98,28 @@ impl Bench {
 
     /// Runs the guest to its end.
     fn run(&self, cmdline: &str, more: &[&str]) -> Report {
-        let (mut child, receiver) = self.start(cmdline, more);
-        let mut lines = Vec::new();
-        let end = loop {
-            match receiver.recv_timeout(HUNG) {
-                Ok(line) => {
-                    println!("{line}");
-                    lines.push(line);
-                }
-                Err(end) => break end,
-            }
-        };
-        if end == mpsc::RecvTimeoutError::Timeout {
-            child.kill().expect("a hung skiff is killed");
-            panic!("{cmdline}: the guest says no more and does not end");
-        }
-        Report { code: child.wait().expect("skiff ends").code(), lines }
+        let (child, receiver) = self.start(cmdline, more);
+        finish(cmdline, child, &receiver)
     }
+}
+
+/// Listens to the guest that runs `cmdline` until its end.
+fn finish(cmdline: &str, mut child: Child, receiver: &Receiver<String>) -> Report {
+    let mut lines = Vec::new();
+    let end = loop {
+        match receiver.recv_timeout(HUNG) {
+            Ok(line) => {
+                println!("{line}");
+                lines.push(line);
+            }
+            Err(end) => break end,
+        }
+    };
+    if end == mpsc::RecvTimeoutError::Timeout {
+        child.kill().expect("a hung skiff is killed");
+        panic!("{cmdline}: the guest says no more and does not end");
+    }
+    Report { code: child.wait().expect("skiff ends").code(), lines }
 }
 
 /// Starts skiff; the guest's lines come as it says them.
