@@ -68,8 +68,8 @@ pub(super) struct Session<'a> {
     /// When the guest reset the machine, as far as no step has asked for it.
     resets: VecDeque<Instant>,
     trouble: Option<(Trouble, Instant)>,
-    /// The number of the line that the last `wait` step found.
-    forgiven: Option<u64>,
+    /// The number of the line that the last `wait` step found, and where in it what it found ends.
+    forgiven: Option<(u64, usize)>,
     end: Option<End>,
     messages: Vec<u8>,
     warnings: Vec<Warning>,
@@ -382,7 +382,7 @@ impl<'a> Session<'a> {
                 if trouble.panic {
                     self.pass_panic();
                 }
-            } else if self.forgiven == Some(line.number) {
+            } else if self.is_forgiven(&trouble, line.number) {
                 // The step looked at its begin, and now the rest is there.
                 self.watcher.forgive();
             } else if self.trouble.is_none() {
@@ -434,14 +434,20 @@ impl<'a> Session<'a> {
         }
     }
 
+    /// Whether a step waited for this sign of trouble, or for what follows it in its line. What comes behind a prompt is none
+    /// of that, though it is in its line.
+    fn is_forgiven(&self, trouble: &Trouble, number: u64) -> bool {
+        self.forgiven.is_some_and(|(line, end)| number == line && trouble.at < end)
+    }
+
     /// The step waited for this line, so it is no trouble, unless a panic is what comes next.
     fn forgive(&mut self, line: u64) {
-        self.forgiven = Some(line);
+        self.forgiven = Some((line, self.watcher.found_end()));
         let mut others = Vec::new();
         while let Some((trouble, at)) = self.watcher.next_trouble() {
             let next = self.scenario.steps.get(self.at + 1);
             let is_next = next.is_some_and(|step| matches!(step.action, Action::Expect(Ending::Panic)));
-            if at.number != line || trouble.panic && is_next {
+            if !self.is_forgiven(&trouble, at.number) || trouble.panic && is_next {
                 others.push((trouble, at));
             } else {
                 self.watcher.forgive();

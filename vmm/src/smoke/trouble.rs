@@ -116,6 +116,8 @@ pub(super) struct Trouble {
     pub(super) panic: bool,
     /// The scenario itself denies it.
     pub(super) denied: bool,
+    /// Where its sign begins in the line, in bytes.
+    pub(super) at: usize,
 }
 
 /// Lines that may lie between a warning and the end of its call trace.
@@ -143,16 +145,18 @@ impl Judge {
         if self.rules.allow.iter().any(|pattern| pattern.find(line, 0).is_some()) {
             return None;
         }
-        if let Some(pattern) = self.rules.deny.iter().find(|pattern| pattern.find(line, 0).is_some()) {
+        let denies = |pattern: &Pattern| Some((pattern.to_string(), pattern.find(line, 0)?.start));
+        if let Some((pattern, at)) = self.rules.deny.iter().find_map(denies) {
             let words = format!("{pattern}, which [fail] denies");
-            return Some(Trouble { words, weight: Weight::Fail, panic: false, denied: true });
+            return Some(Trouble { words, weight: Weight::Fail, panic: false, denied: true, at });
         }
-        let fits = |at: &usize| KINDS[*at].signs.iter().any(|sign| is_in(sign, line));
-        let at = (0..KINDS.len()).find(|at| self.rules.weights[*at] != Weight::Ignore && fits(at));
-        if fits(&WARNING) {
+        let sign = |kind: usize| KINDS[kind].signs.iter().find_map(|sign| find(sign, line));
+        let counts = |kind: &usize| self.rules.weights[*kind] != Weight::Ignore;
+        let found = (0..KINDS.len()).filter(counts).find_map(|kind| Some((kind, sign(kind)?)));
+        if sign(WARNING).is_some() {
             self.trace = (TRACE, self.rules.weights[WARNING]);
         }
-        let kind = at?;
+        let (kind, at) = found?;
         // The trace of a warning counts no more than the warning.
         if kind == CALL_TRACE && self.trace.0 > 0 && self.trace.1 != Weight::Fail {
             return None;
@@ -162,25 +166,30 @@ impl Judge {
             weight: self.rules.weights[kind],
             panic: line.contains(PANIC),
             denied: false,
+            at,
         })
     }
 }
 
-fn is_in(sign: Sign, line: &str) -> bool {
+/// Where the sign begins.
+fn find(sign: Sign, line: &str) -> Option<usize> {
     let (message, texts) = match sign {
         [MESSAGE, texts @ ..] => (true, texts),
         texts => (false, texts),
     };
-    let mut rest = line;
+    let (mut rest, mut begin) = (line, 0);
     for (nth, text) in texts.iter().enumerate() {
-        let Some(at) = rest.find(text) else { return false };
+        let at = rest.find(text)?;
         // Behind nothing, or behind the time that the kernel puts in front: "[    1.234567] ".
         if nth == 0 && message && !(at == 0 || rest[..at].ends_with("] ")) {
-            return false;
+            return None;
+        }
+        if nth == 0 {
+            begin = at;
         }
         rest = &rest[at + text.len()..];
     }
-    true
+    Some(begin)
 }
 
 #[cfg(test)]

@@ -53,6 +53,8 @@ pub(super) struct Watcher {
     open: Vec<u8>,
     number: u64,
     at: Duration,
+    /// The begin of the open line was cut off.
+    is_cut: bool,
     /// Lines that no step has looked at.
     backlog: VecDeque<Line>,
     waiting: usize,
@@ -71,6 +73,7 @@ impl Watcher {
             open: Vec::new(),
             number: 1,
             at: Duration::ZERO,
+            is_cut: false,
             backlog: VecDeque::new(),
             waiting: 0,
             cursor: 0,
@@ -93,10 +96,12 @@ impl Watcher {
                 let line = std::mem::take(&mut self.open);
                 self.take_line(&line);
                 self.number += 1;
+                self.is_cut = false;
             } else if self.open.len() > 2 * LONGEST {
                 let rest = self.open.split_off(LONGEST);
                 let cut = std::mem::replace(&mut self.open, rest);
                 self.take_line(&cut);
+                self.is_cut = true;
             }
         }
     }
@@ -111,7 +116,11 @@ impl Watcher {
 
     fn take_line(&mut self, bytes: &[u8]) {
         let line = Line { number: self.number, at: self.at, text: printable(bytes) };
-        if let Some(trouble) = self.judge.judge(&line.text) {
+        if let Some(mut trouble) = self.judge.judge(&line.text) {
+            if self.is_cut {
+                // Further on than any match in the part before.
+                trouble.at = usize::MAX;
+            }
             if trouble.weight == Weight::Fail && self.quotes.is_empty() {
                 self.quotes.push(line.quote());
             }
@@ -170,6 +179,11 @@ impl Watcher {
         }
         self.cursor = found.end;
         Found::Here(self.number)
+    }
+
+    /// Where what [`find`](Self::find) found last ends in its line, in bytes.
+    pub(super) fn found_end(&self) -> usize {
+        self.cursor
     }
 
     /// The next sign of trouble that was not taken, and its line.

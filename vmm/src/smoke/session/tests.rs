@@ -165,6 +165,19 @@ fn trouble_nobody_asked_about() {
 }
 
 #[test]
+fn trouble_behind_a_prompt() {
+    let steps = "[[step]]\nwait = 'login: '\n[[step]]\nwait = 'again'\n";
+    let panic = "[    1.0] Kernel panic - not syncing: x";
+    for machine in
+        [said(&format!("login: {panic}\n")), format!("printf 'login: '; sleep 0.1; echo '{panic}'; sleep 100")]
+    {
+        assert_eq!(failure(steps, &machine).summary, "kernel panic (step: wait for \"again\")");
+    }
+    // But a step may wait for what it says.
+    passes("[[step]]\nwait = 'syncing: x'\n", &said(&format!("{panic}\n")));
+}
+
+#[test]
 fn trouble_right_after_the_last_step() {
     let wait = "[[step]]\nwait = 'ready'\n";
     // It speaks when the machine is gone, so that no time between the two counts.
