@@ -390,7 +390,7 @@ impl PairWorker {
             (self.lost, self.has_frames) = (false, true);
             self.connect(port);
             if !self.lost {
-                tracing::info!("net {}: the link is up", self.context.id);
+                self.log(format_args!("the host's side is back; the link is up"));
                 self.set_link(false);
             }
         }

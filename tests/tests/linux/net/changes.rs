@@ -72,8 +72,13 @@ fn the_driver_leaves_under_load_and_comes_back() {
         "ip link set eth0 up; peer flood eth0 >/dev/null 2>&1 & until {moving}; do :; done; \
          echo {device} >{driver}/unbind; wait; echo {device} >{driver}/bind"
     );
-    let count = guest.ask(&format!("n=0; while [ $n -lt {ROUNDS} ]; do {round} || break; n=$((n+1)); done; echo $n"));
-    assert_eq!(count, ROUNDS.to_string());
+    // A few at a time, for each answer is waited for only so long.
+    for _ in 0..ROUNDS / 10 {
+        assert_eq!(
+            guest.ask(&format!("n=0; while [ $n -lt 10 ]; do {round} || break; n=$((n+1)); done; echo $n")),
+            "10"
+        );
+    }
     drop(flood);
     set_up(&mut guest);
     from_host(&network, &tcp("192.0.2.2", 2, MIB, MIB));
