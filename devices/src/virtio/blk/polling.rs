@@ -33,6 +33,8 @@ pub(super) enum Awaited {
 #[derive(Debug)]
 pub(super) struct Polling {
     max: Duration,
+    /// A yield that takes longer has lost the CPU: [`LOST`].
+    lost: Duration,
     /// By [`Awaited`].
     budgets: [Duration; 2],
     awaited: Awaited,
@@ -47,13 +49,14 @@ pub(super) struct Polling {
 impl Polling {
     /// Never looks longer than `max`; zero: not at all.
     pub(super) fn new(max: Duration) -> Self {
-        Self { max, budgets: [Duration::ZERO; 2], awaited: Awaited::Driver, idle: None, without: 0, penalty: 0 }
+        let budgets = [Duration::ZERO; 2];
+        Self { max, lost: LOST, budgets, awaited: Awaited::Driver, idle: None, without: 0, penalty: 0 }
     }
 
-    /// As if `budget` had been learnt.
+    /// As if `budget` had been learnt, on a host where nobody else needs the CPU however busy this one is.
     #[cfg(test)]
     pub(super) fn learnt(budget: Duration) -> Self {
-        Self { budgets: [budget; 2], ..Self::new(budget) }
+        Self { budgets: [budget; 2], lost: Duration::MAX, ..Self::new(budget) }
     }
 
     /// There was no work: looks for some with `found`, if that pays. Returns whether there is some.
@@ -76,7 +79,7 @@ impl Polling {
             // writes on one that is bound to the CPU from which they were submitted).
             thread::yield_now();
             let now = idle.elapsed();
-            if now.saturating_sub(looked) > LOST {
+            if now.saturating_sub(looked) > self.lost {
                 self.lose();
                 break;
             }
