@@ -12,6 +12,9 @@ const SIZES: &str = "14-1600 1633-65535/331 65500-65535";
 /// Entries of a queue, if nothing is said.
 const RING: u64 = 256;
 
+/// Frames that may follow when all is quiet, at most.
+const WORDS: u64 = 16;
+
 /// What the guest's kernel counted of eth0.
 fn counted(guest: &mut Machine, counter: &str) -> u64 {
     guest.ask(&format!("cat /sys/class/net/eth0/statistics/{counter}")).parse().expect("a number")
@@ -61,15 +64,19 @@ fn agrees(network: &Network, mut guest: Machine, queues: u32, vhost: bool) {
         let pairs = report["nets"][0]["pairs"].as_array().expect("pairs of queues");
         pairs.iter().map(|pair| pair.pointer(pointer).and_then(serde_json::Value::as_u64).expect(pointer)).sum()
     };
-    assert_eq!((sum("/rx/frames"), sum("/tx/frames")), (received, from_guest), "{line}");
+    // Until the end somebody may have said a word more: a router was looked for, a group joined.
+    let (to_guest, from_guest) = (network.counter("tap0", "tx", "packets"), network.counter("tap0", "rx", "packets"));
+    let frames = sum("/rx/frames");
+    assert!((received..received + WORDS).contains(&frames), "{received} received: {line}");
+    assert_eq!(sum("/tx/frames"), from_guest, "{line}");
     // The guest does not want every multicast frame.
     let dropped = |direction: &str| -> u64 {
         let reasons = ["length", "no-buffer", "offload", "filtered", "host", "link-down"];
         reasons.iter().map(|reason| sum(&format!("/{direction}/drops/{reason}"))).sum()
     };
-    assert_eq!(received + dropped("rx"), to_guest, "{line}");
+    assert_eq!(frames + dropped("rx"), to_guest, "{line}");
     let taken = from_guest + dropped("tx");
-    assert!((taken.saturating_sub(queues * RING)..=taken).contains(&sent), "{sent} sent: {line}");
+    assert!((taken.saturating_sub(queues * RING + WORDS)..=taken).contains(&sent), "{sent} sent: {line}");
 }
 
 #[test]
