@@ -121,7 +121,13 @@ fn an_image_that_may_not_be_written_is_for_a_read_only_disk() {
     std::fs::copy("/bin/sleep", &program).expect("a program of every Linux");
     // It still runs with some bytes behind it, and with an image's size.
     File::options().write(true).open(&program).unwrap().set_len(1 << 20).unwrap();
-    let mut running = Command::new(&program).arg("600").spawn().expect("it starts");
+    // Not while a child of another test, between its fork and its exec, still has the file open for writing.
+    let mut running = loop {
+        match Command::new(&program).arg("600").spawn() {
+            Err(error) if error.kind() == std::io::ErrorKind::ExecutableFileBusy => std::thread::yield_now(),
+            spawned => break spawned.expect("it starts"),
+        }
+    };
     let words = ["explain", program.to_str().unwrap()];
     let (refused, explained) = (disk(&words), disk(&[&words[..], &["--readonly"]].concat()));
     running.kill().expect("it ends");
