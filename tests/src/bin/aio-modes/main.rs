@@ -1,5 +1,5 @@
 //! `aio-modes`: measures what people have argued about asynchronous I/O for virtual disks, by `skiff bench`, fio(1) and the
-//! kernel's own trace, and writes docs/aio-modes.md from the results. One thread.
+//! kernel's own trace, and writes a document from the results. One thread.
 //!
 //! Measurements are parts of at most about two minutes; each leaves a file, and what is there already is not measured
 //! again. The document is made from these files alone: every verdict in it is computed.
