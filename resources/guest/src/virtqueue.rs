@@ -123,13 +123,23 @@ impl Virtqueue {
         Some(head)
     }
 
+    /// Descriptors of the queue itself that a chain of so many `buffers` takes.
+    pub(crate) fn taken_by(&self, buffers: u16) -> u16 {
+        if self.indirect.is_some() { 1 } else { buffers }
+    }
+
     /// Makes a chain with this head available: for a driver that keeps track of heads itself, and takes completions with
-    /// [`Self::take`]. `false` without INDIRECT_DESC.
-    pub(crate) fn add_at(&mut self, head: u16, buffers: &[Buffer]) -> bool {
-        let Some(tables) = self.indirect else { return false };
-        self.write_table(tables, head, buffers);
+    /// [`Self::take`]. The descriptors behind the head are taken too, as [`Self::taken_by`] says.
+    pub(crate) fn add_at(&mut self, head: u16, buffers: &[Buffer]) {
+        if let Some(tables) = self.indirect {
+            self.write_table(tables, head, buffers);
+        } else {
+            for (index, buffer) in (head..).zip(buffers) {
+                let more = usize::from(index - head) + 1 < buffers.len();
+                write_descriptor(self.descriptors, index, buffer, if more { NEXT } else { 0 }, index + 1);
+            }
+        }
         self.publish(head);
-        true
     }
 
     fn write_table(&self, tables: Mmio, head: u16, buffers: &[Buffer]) {

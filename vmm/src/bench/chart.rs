@@ -4,8 +4,9 @@
 
 use std::fmt::Write as _;
 
-use super::plan::{Subject, Way, Work};
-use super::{Middle, Results, Summary};
+use super::cell::{Way, Work};
+use super::subject::Subject;
+use super::{Measured, Middle, Results, Summary};
 use crate::config::format_size;
 
 const WIDTH: f64 = 720.0;
@@ -51,25 +52,29 @@ impl From<Middle> for Bar {
 }
 
 /// What a chart shows of a cell.
-type Figure = fn(&Figures<'_>) -> Option<Bar>;
+type Figure = fn(&Measured) -> Option<Bar>;
 
 /// What there are charts of: a name for the file, the meaning, the figure.
-const FIGURES: [(&str, &str, Figure); 6] = [
-    ("iops", "requests per second", |cell| Some(cell.ours?.iops.into())),
-    ("p99", "99 % of requests take at most, in microseconds", |cell| Some(cell.ours?.p99_us.into())),
-    ("io-cpu", "CPU time of a request outside the vCPU, in microseconds", |cell| Some(cell.ours?.io_us.into())),
-    ("submissions", "io_submit or io_uring_enter calls for a request", |cell| Some(cell.ours?.submissions?.into())),
-    ("of-host", "requests per second, as a part of the host's without a machine", |cell| {
-        Some(cell.host?.ratio?.into())
+const FIGURES: [(&str, &str, Figure); 8] = [
+    ("iops", "requests per second", |cell| Some(ours(cell)?.iops.into())),
+    ("p99", "99 % of requests take at most, in microseconds", |cell| Some(ours(cell)?.p99_us.into())),
+    ("io-cpu", "CPU time of a request outside the vCPU, in microseconds", |cell| Some(ours(cell)?.io_us.into())),
+    ("submissions", "io_submit or io_uring_enter calls for a request", |cell| Some(ours(cell)?.submissions?.into())),
+    ("of-host", "requests per second, as a part of the host's without a machine", |cell| part(cell, Subject::Host)),
+    ("of-qemu", "requests per second, as a part of QEMU's", |cell| part(cell, Subject::Qemu)),
+    ("of-cloud-hypervisor", "requests per second, as a part of Cloud Hypervisor's", |cell| {
+        part(cell, Subject::CloudHypervisor)
     }),
-    ("of-qemu", "requests per second, as a part of QEMU's", |cell| Some(cell.qemu?.ratio?.into())),
+    ("of-firecracker", "requests per second, as a part of Firecracker's", |cell| part(cell, Subject::Firecracker)),
 ];
 
-/// The summaries of one cell.
-struct Figures<'a> {
-    ours: Option<&'a Summary>,
-    host: Option<&'a Summary>,
-    qemu: Option<&'a Summary>,
+fn ours(cell: &Measured) -> Option<&Summary> {
+    cell.summary.get(&Subject::Skiff)
+}
+
+/// What skiff reaches, as a part of what `subject` does.
+fn part(cell: &Measured, subject: Subject) -> Option<Bar> {
+    Some(cell.summary.get(&subject)?.ratio?.into())
 }
 
 /// Every chart that `results` have figures for.
@@ -90,8 +95,7 @@ pub(super) fn charts(results: &Results) -> Vec<Chart> {
         for (name, meaning, figure) in FIGURES {
             let value = |way: &Way, depth: u16| {
                 let cell = cells.iter().find(|cell| cell.cell.way == *way && cell.cell.work.depth == depth)?;
-                let of = |subject| cell.summary.get(&subject);
-                figure(&Figures { ours: of(Subject::Skiff), host: of(Subject::Host), qemu: of(Subject::Qemu) })
+                figure(cell)
             };
             let of_way = |way: &Way| (label(*way), depths.iter().map(|depth| value(way, *depth)).collect::<Vec<_>>());
             let series: Vec<_> = ways.iter().map(of_way).collect();

@@ -9,7 +9,7 @@ use serde_json::Value;
 
 use super::SCHEMA;
 
-/// The fields that tell cells apart.
+/// The fields that tell cells apart, in the order of their names: those of [`Cell`](super::Cell).
 const KEY: [&str; 13] = [
     "content",
     "rw",
@@ -47,6 +47,8 @@ struct Range {
 #[derive(Clone, Debug, PartialEq)]
 pub struct Comparison {
     pairs: Vec<Pair>,
+    /// Cells that one of the runs measured once: nothing tells a change from noise.
+    single: usize,
     /// Cells that were measured before and failed after.
     broken: Vec<String>,
     /// Cells that only one of the two runs has.
@@ -70,7 +72,7 @@ impl Comparison {
     /// Of the JSON files of two runs. A change counts if it is more than `threshold`, a part of the first run's figure.
     ///
     /// # Errors
-    /// When a file is none of ours, or they have no cell in common.
+    /// When a file is none of ours, or they have no cell in common that was measured more than once.
     pub fn of(before: &Path, after: &Path, threshold: f64) -> anyhow::Result<Self> {
         let (before, after) = (read(before)?, read(after)?);
         Self::between(&before.measured, &after.measured, &after.failed, threshold)
@@ -82,7 +84,7 @@ impl Comparison {
         failed: &[String],
         threshold: f64,
     ) -> anyhow::Result<Self> {
-        let pairs: Vec<_> = before
+        let mut pairs: Vec<_> = before
             .iter()
             .filter_map(|(cell, before)| {
                 let (_, after) = after.iter().find(|(other, _)| other == cell)?;
@@ -95,7 +97,13 @@ impl Comparison {
             bail!("the two runs have no cell in common; compare runs of the same --rw, --bs, --depths and so on");
         }
         let unmatched = before.len() + after.len() - 2 * pairs.len() - broken.len();
-        Ok(Self { pairs, broken, unmatched, threshold })
+        let common = pairs.len();
+        pairs.retain(|pair| !pair.before.single && !pair.after.single);
+        let single = common - pairs.len();
+        if pairs.is_empty() && broken.is_empty() {
+            bail!("every cell was measured once: nothing tells a change from noise; measure with --repeat 3 or more");
+        }
+        Ok(Self { pairs, single, broken, unmatched, threshold })
     }
 
     /// Whether some cell became slower, or works no more.
@@ -165,11 +173,11 @@ impl fmt::Display for Comparison {
             self.pairs.len(),
             self.threshold * 100.0
         )?;
-        let single = self.pairs.iter().filter(|pair| pair.before.single || pair.after.single).count();
-        if single > 0 {
+        if self.single > 0 {
             writeln!(
                 out,
-                "{single} cells were measured once: nothing tells a change from noise; take --repeat 3 or more"
+                "{} cells were measured once and are not judged: nothing tells a change from noise; take --repeat 3 or more",
+                self.single
             )?;
         }
         if self.unmatched > 0 {
@@ -182,6 +190,8 @@ impl fmt::Display for Comparison {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::bench::{Cell, Content, Way, Work};
+    use guest::workload::Mix;
 
     fn one(cell: &str, low: f64, median: f64, high: f64) -> (String, Range) {
         (cell.to_owned(), Range { median, low, high, single: false })
@@ -216,14 +226,29 @@ mod tests {
     }
 
     #[test]
-    fn a_single_round_has_no_noise() {
-        let mut before = one("a", 100.0, 100.0, 100.0);
-        let after = [one("a", 70.0, 80.0, 85.0)];
-        before.1.single = true;
-        let text = Comparison::between(&[before], &after, &[], 0.05).unwrap().to_string();
-        let expected = "slower  -20.0 %  a: 100 -> 80 IOPS\n0 of 1 cells are alike within their noise and 5 %\n\
-                        1 cells were measured once: nothing tells a change from noise; take --repeat 3 or more\n";
-        assert_eq!(text, expected);
+    fn a_single_round_is_not_judged() {
+        let (mut once, twice) = (one("a", 100.0, 100.0, 100.0), one("b", 90.0, 100.0, 110.0));
+        once.1.single = true;
+        let after = [one("a", 70.0, 80.0, 85.0), one("b", 70.0, 80.0, 85.0)];
+        let comparison = Comparison::between(&[once.clone(), twice], &after, &[], 0.05).unwrap();
+        let expected = "slower  -20.0 %  b: 100 -> 80 IOPS\n0 of 1 cells are alike within their noise and 5 %\n\
+                        1 cells were measured once and are not judged: nothing tells a change from noise; take --repeat 3 \
+                        or more\n";
+        assert_eq!(comparison.to_string(), expected);
+        let error = Comparison::between(&[once], &after, &[], 0.05).unwrap_err().to_string();
+        assert!(error.starts_with("every cell was measured once: "), "{error}");
+    }
+
+    /// Serde knows the fields of a cell.
+    #[test]
+    fn every_field_of_a_cell_tells_it_apart() {
+        let work = Work { content: Content::Hole, rw: Mix::Read, bs: 512, depth: 1, queues: 1, busy: 0 };
+        let cell = serde_json::to_value(Cell { work, way: Way::default() }).unwrap();
+        let mut key = KEY.to_vec();
+        key.sort_unstable();
+        let mut fields: Vec<_> = cell.as_object().unwrap().keys().map(String::as_str).collect();
+        fields.sort_unstable();
+        assert_eq!(key, fields);
     }
 
     #[test]

@@ -17,8 +17,8 @@ use guest::workload::{Workload, pattern};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
+use super::cell::Cell;
 use super::machine::Machines;
-use super::plan::Cell;
 use super::sample::{Counted, Handed, Histogram, Sample};
 use super::usage::Usage;
 use crate::config::MemoryConfig;

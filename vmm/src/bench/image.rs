@@ -11,7 +11,7 @@ use anyhow::{Context, bail};
 use guest::workload::pattern;
 use vmm_sys_util::fallocate::{FallocateMode, fallocate};
 
-use super::plan::Content;
+use super::cell::Content;
 use crate::config::format_size;
 
 /// Bytes written at a time.

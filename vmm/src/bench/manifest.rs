@@ -10,8 +10,8 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde::Serialize;
 
-use super::machine::QEMU;
-use super::plan::{Place, Plan, Subject};
+use super::plan::{Place, Plan};
+use super::subject::Subject;
 use crate::doctor::{KvmKind, kvm_kind};
 
 /// Where and how a run was made.
@@ -21,6 +21,10 @@ pub struct Manifest {
     pub skiff: &'static str,
     /// First line of QEMU's version, if it took part.
     pub qemu: Option<String>,
+    /// The same of Cloud Hypervisor.
+    pub cloud_hypervisor: Option<String>,
+    /// The same of Firecracker.
+    pub firecracker: Option<String>,
     /// The words of the command line.
     pub command: Vec<String>,
     /// When it began, in seconds since 1970.
@@ -63,13 +67,17 @@ pub struct Storage {
 }
 
 impl Manifest {
-    /// Of this process, on this host, now.
-    pub(super) fn new(plan: &Plan) -> Self {
+    /// Of this process, on this host, now. `subjects` take part.
+    pub(super) fn new(plan: &Plan, subjects: &[Subject]) -> Self {
+        let version =
+            |subject: Subject| subjects.contains(&subject).then(|| first_line(subject.program()?, "--version"));
         let cpuinfo = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
         let model = cpuinfo.lines().find_map(|line| line.strip_prefix("model name")?.split_once(": "));
         Self {
             skiff: env!("CARGO_PKG_VERSION"),
-            qemu: plan.against.contains(&Subject::Qemu).then(|| first_line(QEMU, "--version")).flatten(),
+            qemu: version(Subject::Qemu).flatten(),
+            cloud_hypervisor: version(Subject::CloudHypervisor).flatten(),
+            firecracker: version(Subject::Firecracker).flatten(),
             command: std::env::args_os().map(|word| word.to_string_lossy().into_owned()).collect(),
             time: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs()),
             seed: plan.seed,

@@ -1,14 +1,16 @@
 //! `skiff bench`: how fast this host's disks are through each engine and cache mode, beside the same engine without a
-//! machine and the same guest under QEMU. The work is done by the bare-metal guest, which the binary carries along, in
+//! machine and the same guest under other programs. The work is done by the bare-metal guest, which the binary carries along, in
 //! child processes; all else runs on the main thread.
 //!
 //! Measurements of one cell stand next to each other in time, and each round has its own order: what disturbs the host
 //! disturbs all that are compared. docs/bench.md describes the JSON form of the results.
 
 mod busy;
+mod cell;
 mod chart;
 mod compare;
 mod csv;
+mod field;
 mod host;
 mod image;
 mod machine;
@@ -17,16 +19,16 @@ mod pin;
 mod plan;
 mod sample;
 mod stats;
+mod subject;
 mod table;
 mod usage;
 
 use std::collections::BTreeMap;
 use std::path::Path;
-use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, bail, ensure};
+use anyhow::{Context, ensure};
 use block::cache::CacheMode;
 use block::choose::{self, Access, Wish};
 use block::disk::Disk;
@@ -34,13 +36,16 @@ use block::engine::Aio;
 use guest::workload::pattern;
 use serde::{Serialize, Serializer};
 
+pub use cell::{AUTO, Cell, Completion, Content, POLL_US, Way, Work};
 pub use compare::Comparison;
 pub use manifest::Manifest;
-pub use plan::{AUTO, Axes, Cell, Completion, Content, POLL_US, Place, Plan, Subject, Way, Work};
+pub use plan::{Axes, Place, Plan};
 pub use sample::{Latency, Sample};
 pub use stats::{Middle, NOISE};
+pub use subject::Subject;
 
 use busy::Busy;
+use field::Field;
 use image::Image;
 pub(crate) use image::Nameless;
 use machine::{Machines, Timing};
@@ -114,12 +119,18 @@ pub struct Summary {
 }
 
 impl Measured {
-    fn new(cell: Cell) -> Self {
-        Self { cell, chosen: None, rounds: Vec::new(), errors: Vec::new(), summary: BTreeMap::new() }
+    /// Nothing yet. What skiff chooses is known where the engine is left to it.
+    fn new(cell: Cell, chosen: Option<Aio>) -> Self {
+        Self { cell, chosen, rounds: Vec::new(), errors: Vec::new(), summary: BTreeMap::new() }
+    }
+
+    /// The cell's own, or what skiff chose.
+    fn engine(&self) -> Aio {
+        self.cell.way.aio.or(self.chosen).expect("one of the two names it")
     }
 
     fn sum_up(&mut self) {
-        for subject in [Subject::Skiff, Subject::Host, Subject::Qemu] {
+        for subject in [Subject::Skiff].into_iter().chain(Subject::OTHERS) {
             if let Some(summary) = self.summary_of(subject) {
                 self.summary.insert(subject, summary);
             }
@@ -158,6 +169,8 @@ pub struct Results {
     schema: u32,
     /// Whether every measurement was made: nobody interrupted the run.
     pub complete: bool,
+    /// Who was not asked for some of the work, or for none, and why.
+    pub left_out: Vec<String>,
     /// Where and how.
     pub manifest: Manifest,
     /// The cells, those of one kind of work together.
@@ -178,33 +191,38 @@ impl Results {
 /// that fails does not keep others from being measured.
 ///
 /// # Errors
-/// When it cannot begin: no KVM, an engine that the host lacks, no such disk, no room for one, no QEMU where
-/// it is asked for.
+/// When it cannot begin: no KVM, an engine that the host lacks, no such disk, no room for one, a program that is asked for and
+/// is not there or does not run the guest.
 pub fn run(plan: &Plan, stop: &AtomicBool, mut progress: impl FnMut(&Progress)) -> anyhow::Result<Results> {
     let tsc_khz = tsc_khz()?;
-    let manifest = Manifest::new(plan);
     for aio in plan.axes.engines.iter().flatten() {
         aio.probe(1)?;
     }
-    if plan.against.contains(&Subject::Qemu) {
-        find_qemu()?;
-    }
+    let mut field = Field::of(plan)?;
+    let manifest = Manifest::new(plan, &field.subjects);
     let pin = if plan.pin { Some(Pin::this_process()?) } else { None };
     let mut report = Progress { done: 0, total: plan.measurements(), elapsed: Duration::ZERO, next: None };
     progress(&report);
     let images = prepare(plan, stop)?;
-    let guest = Nameless::new(plan.place.folder())?;
+    let folder = plan.place.folder();
+    let guest = Nameless::new(folder)?;
     guest.write_all(guest::ELF).context("--dir: the guest has no room there")?;
     let timing = Timing { warm_up: plan.warm_up, runtime: plan.runtime };
-    let machines = Machines { guest: guest.path(), tsc_khz, timing, seed: plan.seed, pin, stop };
-    let mut cells: Vec<Measured> = plan.axes.cells().into_iter().map(Measured::new).collect();
+    let machines = Machines { guest: guest.path(), folder, tsc_khz, timing, seed: plan.seed, pin, stop };
+    let with_engine = |cell: Cell| {
+        let left_to_skiff = cell.way.aio.is_none().then(|| chosen(&cell, &images[&cell.work.content].path()));
+        Ok(Measured::new(cell, left_to_skiff.transpose()?))
+    };
+    let mut cells = plan.axes.cells().into_iter().map(with_engine).collect::<anyhow::Result<Vec<_>>>()?;
+    field.try_out(&machines, &cells, &images)?;
+    report.total = cells.iter().map(|cell| field.able(cell).count()).sum::<usize>() * plan.repeat as usize;
     let start = Instant::now();
     'all: for round in 0..plan.repeat {
         for index in shuffled(cells.len(), plan.seed.wrapping_add(round.into())) {
             let measured = &mut cells[index];
             let image = &images[&measured.cell.work.content];
             let mut samples = BTreeMap::new();
-            let subjects = plan.subjects();
+            let subjects: Vec<_> = field.able(measured).collect();
             let turn = plan.seed.wrapping_add(u64::from(round) << 32 | index as u64);
             for subject in shuffled(subjects.len(), turn).into_iter().map(|at| subjects[at]) {
                 if stop.load(Ordering::Relaxed) {
@@ -227,7 +245,8 @@ pub fn run(plan: &Plan, stop: &AtomicBool, mut progress: impl FnMut(&Progress)) 
         }
     }
     cells.iter_mut().for_each(Measured::sum_up);
-    Ok(Results { schema: SCHEMA, complete: !stop.load(Ordering::Relaxed), manifest, cells })
+    let (complete, left_out) = (!stop.load(Ordering::Relaxed), field.left_out);
+    Ok(Results { schema: SCHEMA, complete, left_out, manifest, cells })
 }
 
 /// The disks of the plan, by content.
@@ -244,23 +263,14 @@ fn prepare(plan: &Plan, stop: &AtomicBool) -> anyhow::Result<BTreeMap<Content, I
     }
 }
 
-fn measure(
-    machines: &Machines<'_>,
-    subject: Subject,
-    measured: &mut Measured,
-    image: &Image,
-) -> anyhow::Result<Sample> {
-    let (cell, path) = (&measured.cell, image.path());
-    let aio = match cell.way.aio {
-        Some(aio) => aio,
-        None => *measured.chosen.insert(chosen(cell, &path)?),
-    };
+fn measure(machines: &Machines<'_>, subject: Subject, measured: &Measured, image: &Image) -> anyhow::Result<Sample> {
+    let (cell, aio, path) = (&measured.cell, measured.engine(), image.path());
     let busy = Busy::start(cell.work.busy)?;
     let sample = match subject {
         Subject::Host => {
             host::run(cell, aio, &path, machines).with_context(|| format!("{} on the host", machine::describe(cell)))
         }
-        Subject::Skiff | Subject::Qemu => machines.run(subject, cell, aio, &path),
+        _ => machines.run(subject, cell, aio, &path),
     };
     drop(busy);
     if cell.work.rw.writes() {
@@ -292,17 +302,6 @@ fn tsc_khz() -> anyhow::Result<u32> {
     let rate = rate.context("/dev/kvm: KVM does not tell the rate of the TSC")?;
     ensure!(rate > 0, "/dev/kvm: KVM does not know the rate of the TSC");
     Ok(rate)
-}
-
-fn find_qemu() -> anyhow::Result<()> {
-    let found = Command::new(machine::QEMU).arg("--version").stdout(Stdio::null()).stderr(Stdio::null()).status();
-    if !found.is_ok_and(|status| status.success()) {
-        bail!(
-            "--vs qemu: there is no {}; install it (apt-get install qemu-system-x86) or leave qemu out",
-            machine::QEMU
-        );
-    }
-    Ok(())
 }
 
 /// The numbers below `count` in an order that follows from `seed` (Fisher and Yates).

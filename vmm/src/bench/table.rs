@@ -3,8 +3,9 @@
 
 use std::fmt;
 
-use super::plan::{AUTO, Content, Subject, Way, Work};
+use super::cell::{AUTO, Content, Way, Work};
 use super::stats::interval;
+use super::subject::Subject;
 use super::{Manifest, Measured, Middle, NOISE, Results, Summary};
 use crate::config::format_size;
 use crate::doctor::KvmKind;
@@ -27,6 +28,7 @@ impl fmt::Display for Results {
         writeln!(out, "io us: CPU time of a request in all threads but the vCPU's")?;
         writeln!(out, "kicks, intr, calls: doorbells, interrupts, io_submit or io_uring_enter calls for a request")?;
         writeln!(out, "batch: requests that went to the engine at once")?;
+        self.left_out.iter().try_for_each(|line| writeln!(out, "{line}"))?;
         if !self.complete {
             writeln!(out, "INTERRUPTED: not all was measured")?;
         }
@@ -74,7 +76,7 @@ fn write_table(out: &mut fmt::Formatter<'_>, table: &[Measured]) -> fmt::Result 
     let Some(first) = table.first() else { return Ok(()) };
     let work = first.cell.work;
     let settings = table.iter().map(|row| settings(&row.cell.way).len()).max().unwrap_or_default().max(10);
-    let compared: Vec<Subject> = [Subject::Host, Subject::Qemu]
+    let compared: Vec<Subject> = Subject::OTHERS
         .into_iter()
         .filter(|subject| table.iter().any(|row| row.summary.contains_key(subject)))
         .collect();
@@ -82,7 +84,8 @@ fn write_table(out: &mut fmt::Formatter<'_>, table: &[Measured]) -> fmt::Result 
     writeln!(out, "{}", heading(&work))?;
     write!(out, "  {:<9}{:<settings$}{unit:>9} {:<INTERVAL$}{:<BAR$}", "engine", "cache", "", "")?;
     for subject in &compared {
-        write!(out, "{:>9} {:<12}", format!("/ {}", subject.name()), "")?;
+        // A long name takes the room of the range.
+        write!(out, "{:<22}", format!("{:>9}", format!("/ {}", subject.name())))?;
     }
     write!(out, "{:>9}{:>9}{:>8}", "p50 us", "p99 us", "io us")?;
     writeln!(out, "{:>7}{:>7}{:>7}{:>7}", "kicks", "intr", "batch", "calls")?;

@@ -1,8 +1,10 @@
 //! `skiff bench`: flags become a plan, results go to the terminal and into a file. Main thread.
 
+mod plan;
+mod values;
+
 use std::fs;
 use std::io::{self, IsTerminal, Write};
-use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
@@ -10,15 +12,14 @@ use std::time::Duration;
 
 use anyhow::{Context, ensure};
 use block::cache::CacheMode;
-use block::engine::Aio;
-use block::engine::threads::DEFAULT_THREADS;
 use clap::{Args, Subcommand, ValueHint};
 use guest::workload::Mix;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
-use skiff::bench::{self, AUTO, Axes, Comparison, Completion, Content, POLL_US, Place, Plan, Progress, Subject};
-use skiff::config::{format_size, parse_size};
+use skiff::bench::{self, Comparison, Completion, Content, Progress};
+use skiff::config::parse_size;
 
 use super::Failure;
+use values::{AioOrAuto, block_size, cache, completion, content, engine, mix, opponents, seconds};
 
 /// Compare engines and cache modes on this host's disk, beside the host without a machine
 ///
@@ -105,8 +106,9 @@ pub(super) struct BenchArgs {
     /// How often each cell is measured [default: 3]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=100))]
     repeat: Option<u32>,
-    /// What to compare with: host (the same engine without a machine), qemu, none
-    #[arg(long, value_name = "LIST", value_delimiter = ',', default_value = "host", value_parser = ["host", "qemu", "none"])]
+    /// What to compare with: host (the same engine without a machine), qemu, cloud-hypervisor, firecracker, all (those of
+    /// them that are there), none
+    #[arg(long, value_name = "LIST", value_delimiter = ',', default_value = "host", value_parser = opponents())]
     vs: Vec<String>,
     /// A small set of cells: the default
     #[arg(long, conflicts_with = "full")]
@@ -202,119 +204,6 @@ impl BenchArgs {
         ensure!(folder.is_dir(), "--svg {}: no such folder; make it first", folder.display());
         Ok(())
     }
-
-    fn plan(&self) -> Result<Plan, Failure> {
-        self.check_lists()?;
-        let axes = self.axes();
-        let place = match &self.disk {
-            Some(path) => Place::Given(path.clone()),
-            None => Place::Own(self.dir.clone().unwrap_or_else(|| ".".into()), self.size.unwrap_or(1 << 30)),
-        };
-        let usage = |line: String| Err(Failure::Usage(line));
-        if let Some(path) = &self.disk
-            && let Some(mix) = axes.mixes.iter().map(|(mix, _)| mix).find(|mix| mix.writes())
-            && !self.destructive
-        {
-            let (mix, path) = (mix.name(), path.display());
-            return usage(format!(
-                "--rw {mix} would overwrite {path}; say --destructive if nobody needs what is on it"
-            ));
-        }
-        let largest = axes.cells().iter().map(|cell| cell.work.bs).max().unwrap_or_default();
-        match place {
-            Place::Own(_, size) if size < largest.into() || size % 4096 != 0 => {
-                return usage("--size: at least one block, and a multiple of 4K".to_owned());
-            }
-            _ => {}
-        }
-        if axes.cells().is_empty() {
-            return usage("--engines native goes past the page cache; add --cache none or directsync".to_owned());
-        }
-        let against = [("host", Subject::Host), ("qemu", Subject::Qemu)];
-        let against = against.into_iter().filter(|(name, _)| self.vs.iter().any(|said| said == name));
-        let runtime = self.runtime.unwrap_or(Duration::from_secs(if self.full { 3 } else { 1 }));
-        Ok(Plan {
-            axes,
-            place,
-            runtime,
-            warm_up: runtime / 10,
-            repeat: self.repeat.unwrap_or(3),
-            against: against.map(|(_, subject)| subject).collect(),
-            pin: self.pin,
-            seed: self.seed,
-        })
-    }
-
-    /// Nothing is asked for twice, and nothing beside "none".
-    fn check_lists(&self) -> Result<(), Failure> {
-        if self.vs.len() > 1 && self.vs.iter().any(|said| said == "none") {
-            return Err(Failure::Usage("--vs none compares with nothing; leave out none, or the others".to_owned()));
-        }
-        let own = |(mix, block): &(Mix, Option<u32>)| match block {
-            Some(block) => format!("{}:{}", mix.name(), format_size((*block).into())),
-            None => mix.name().to_owned(),
-        };
-        once("--vs", Some(&self.vs), Clone::clone)?;
-        once("--content", self.content.as_ref(), |content| content.name().to_owned())?;
-        once("--engines", self.engines.as_ref(), |engine| engine.0.map_or(AUTO, Aio::name).to_owned())?;
-        once("--cache", self.cache.as_ref(), |cache| cache.name().to_owned())?;
-        once("--depths", self.depths.as_ref(), u16::to_string)?;
-        once("--bs", self.bs.as_ref(), |block| format_size((*block).into()))?;
-        once("--rw", self.rw.as_ref(), own)?;
-        once("--queues", self.queues.as_ref(), u16::to_string)?;
-        once("--ioeventfd", self.ioeventfd.as_ref(), Clone::clone)?;
-        once("--poll-us", self.poll_us.as_ref(), u32::to_string)?;
-        once("--merge", self.merge.as_ref(), Clone::clone)?;
-        once("--thread-pool-max", self.thread_pool_max.as_ref(), u8::to_string)?;
-        once("--completion", self.completion.as_ref(), |completion| completion.name().to_owned())?;
-        once("--busy", self.busy.as_ref(), u16::to_string)
-    }
-
-    fn axes(&self) -> Axes {
-        fn or<T: Clone>(said: Option<&Vec<T>>, full: bool, all: &[T], few: &[T]) -> Vec<T> {
-            said.cloned().unwrap_or_else(|| if full { all } else { few }.to_vec())
-        }
-        let (full, own) = (self.full && !self.quick, [Content::Written, Content::Hole]);
-        let mixes = [Mix::RandRead, Mix::RandWrite, Mix::Read, Mix::Write].map(|mix| (mix, None));
-        // Without --destructive an image of the user's is only read.
-        let all_mixes: Vec<_> =
-            mixes.into_iter().filter(|(mix, _)| self.disk.is_none() || self.destructive || !mix.writes()).collect();
-        let switches = |said: &Option<Vec<String>>| -> Vec<bool> {
-            said.as_ref().map_or_else(|| vec![true], |said| said.iter().map(|word| word == "on").collect())
-        };
-        let pools = self.thread_pool_max.iter().flatten().filter_map(|threads| NonZeroUsize::new((*threads).into()));
-        let pools: Vec<_> = pools.collect();
-        let engines: Option<Vec<_>> = self.engines.as_ref().map(|said| said.iter().map(|engine| engine.0).collect());
-        let all = Aio::ALL.map(Some);
-        let contents = or(self.content.as_ref(), full, &own, &own[..1]);
-        Axes {
-            contents: if self.disk.is_some() { vec![Content::Given] } else { contents },
-            mixes: or(self.rw.as_ref(), full, &all_mixes, &mixes[..1]),
-            blocks: or(self.bs.as_ref(), full, &[4 << 10, 64 << 10, 1 << 20], &[4 << 10]),
-            depths: or(self.depths.as_ref(), full, &[1, 4, 32, 128], &[1, 32]),
-            queues: or(self.queues.as_ref(), full, &[1, 4], &[1]),
-            busy: or(self.busy.as_ref(), full, &[0], &[0]),
-            engines: or(engines.as_ref(), full, &all, &all),
-            caches: or(
-                self.cache.as_ref(),
-                full,
-                &[CacheMode::None, CacheMode::Writeback],
-                &[CacheMode::None, CacheMode::Writeback],
-            ),
-            ioeventfds: switches(&self.ioeventfd),
-            polls: or(self.poll_us.as_ref(), full, &[POLL_US], &[POLL_US]),
-            merges: switches(&self.merge),
-            pools: if pools.is_empty() { vec![DEFAULT_THREADS] } else { pools },
-            completions: or(self.completion.as_ref(), full, &[Completion::Poll], &[Completion::Poll]),
-        }
-    }
-}
-
-/// An error if the list of `flag` has something twice.
-fn once<T>(flag: &str, list: Option<&Vec<T>>, name: fn(&T) -> String) -> Result<(), Failure> {
-    let names: Vec<_> = list.into_iter().flatten().map(name).collect();
-    let twice = names.iter().enumerate().find(|(at, name)| names[..*at].contains(name));
-    twice.map_or(Ok(()), |(_, name)| Err(Failure::Usage(format!("{flag} has {name} twice; say it once"))))
 }
 
 /// Writes a file that was asked for.
@@ -343,149 +232,5 @@ fn show(progress: &Progress<'_>) {
     let _ = write!(io::stderr(), "\r\x1b[K{line}");
 }
 
-/// The one of `all` that is called `text`.
-fn named<T: Copy>(text: &str, all: &[T], name: fn(T) -> &'static str) -> Result<T, String> {
-    let found = all.iter().copied().find(|one| name(*one) == text);
-    let names = || all.iter().map(|one| name(*one)).collect::<Vec<_>>().join(", ");
-    found.ok_or_else(|| format!("say one of {}", names()))
-}
-
-fn content(text: &str) -> Result<Content, String> {
-    named(text, &Content::OWN, Content::name)
-}
-
-/// An engine of the list, or none where that is left to skiff.
-#[derive(Clone, Copy, Debug)]
-struct AioOrAuto(Option<Aio>);
-
-fn engine(text: &str) -> Result<AioOrAuto, String> {
-    if text == AUTO {
-        return Ok(AioOrAuto(None));
-    }
-    named(text, &Aio::ALL, Aio::name).map(|aio| AioOrAuto(Some(aio))).map_err(|names| format!("{names}, {AUTO}"))
-}
-
-fn completion(text: &str) -> Result<Completion, String> {
-    named(text, &Completion::ALL, Completion::name)
-}
-
-fn cache(text: &str) -> Result<CacheMode, String> {
-    named(text, &CacheMode::ALL, CacheMode::name)
-}
-
-/// A mix, and the block size behind a colon.
-fn mix(text: &str) -> Result<(Mix, Option<u32>), String> {
-    let (name, block) = text.split_once(':').map_or((text, None), |(name, block)| (name, Some(block)));
-    Ok((named(name, &Mix::ALL, Mix::name)?, block.map(block_size).transpose()?))
-}
-
-fn block_size(text: &str) -> Result<u32, String> {
-    let bytes = if text.bytes().all(|byte| byte.is_ascii_digit()) {
-        text.parse().map_err(|_| "not a size; write it like 4K".to_owned())?
-    } else {
-        parse_size(text)?
-    };
-    let good = bytes % 512 == 0 && (512..=4 << 20).contains(&bytes);
-    if good { Ok(bytes as u32) } else { Err("a multiple of 512 bytes, at most 4M".to_owned()) }
-}
-
-fn seconds(text: &str) -> Result<Duration, String> {
-    let seconds = text.strip_suffix('s').unwrap_or(text).parse::<f64>();
-    let good = seconds.ok().filter(|seconds| (0.01..=3600.0).contains(seconds));
-    good.map(Duration::from_secs_f64).ok_or_else(|| "seconds between 0.01 and 3600, such as 3 or 0.5".to_owned())
-}
-
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::cli::{Cli, Command};
-    use clap::Parser;
-
-    fn plan(args: &str) -> Result<Plan, String> {
-        let words = ["skiff", "bench"].into_iter().chain(args.split_ascii_whitespace());
-        let cli = Cli::try_parse_from(words).map_err(|error| error.to_string())?;
-        let Command::Bench(bench) = cli.command else { panic!("{cli:?}") };
-        bench.plan().map_err(|error| format!("{error:?}"))
-    }
-
-    #[test]
-    fn the_default_is_quick() {
-        let plan = plan("").unwrap();
-        assert_eq!(plan.axes, super::tests::plan("--quick").unwrap().axes);
-        assert_eq!(plan.place, Place::Own(".".into(), 1 << 30));
-        assert_eq!(plan.subjects(), [Subject::Skiff, Subject::Host]);
-        // Under two minutes: a second each, a tenth of warm-up, and half a second to start and end a machine.
-        assert!(plan.measurements() as u64 * 1600 < 110_000, "{}", plan.measurements());
-    }
-
-    #[test]
-    fn lists() {
-        let plan = plan(
-            "--dir /d --size 64M --content hole,written --engines io_uring,native --cache none --depths 1,128 --bs 512,1M \
-             --rw read:64K,randrw --queues 1,4 --ioeventfd on,off --poll-us 0,32 --runtime 0.5s --repeat 2 --vs none \
-             --pin --seed 9 --merge off,on --thread-pool-max 1,16 --completion interrupt,poll --busy 0,2",
-        )
-        .unwrap();
-        let axes = Axes {
-            contents: vec![Content::Hole, Content::Written],
-            mixes: vec![(Mix::Read, Some(64 << 10)), (Mix::RandRw, None)],
-            blocks: vec![512, 1 << 20],
-            depths: vec![1, 128],
-            queues: vec![1, 4],
-            busy: vec![0, 2],
-            engines: vec![Some(Aio::IoUring), Some(Aio::Native)],
-            caches: vec![CacheMode::None],
-            ioeventfds: vec![true, false],
-            polls: vec![0, 32],
-            merges: vec![false, true],
-            pools: vec![NonZeroUsize::MIN, DEFAULT_THREADS],
-            completions: vec![Completion::Interrupt, Completion::Poll],
-        };
-        let (runtime, warm_up) = (Duration::from_millis(500), Duration::from_millis(50));
-        let place = Place::Own("/d".into(), 64 << 20);
-        assert_eq!(plan, Plan { axes, place, runtime, warm_up, repeat: 2, against: Vec::new(), pin: true, seed: 9 });
-    }
-
-    #[test]
-    fn an_image_of_the_users_is_not_written_unless_told() {
-        for rw in ["randwrite", "write", "read,randrw"] {
-            let error = plan(&format!("--disk /dev/vdb --rw {rw}")).unwrap_err();
-            assert!(error.contains("would overwrite /dev/vdb; say --destructive"), "{error}");
-            assert!(plan(&format!("--disk /dev/vdb --rw {rw} --destructive")).is_ok());
-        }
-        assert!(plan("--disk /dev/vdb --full").unwrap().axes.mixes.iter().all(|(mix, _)| !mix.writes()));
-        assert!(plan("--destructive").is_err());
-    }
-
-    #[test]
-    fn values_that_are_none() {
-        for (args, message) in [
-            ("--engines aio", "say one of threads, native, io_uring, auto"),
-            ("--engines native,auto,native", "--engines has native twice; say it once"),
-            ("--vs none,host", "--vs none compares with nothing; leave out none, or the others"),
-            ("--vs qemu,qemu", "--vs has qemu twice; say it once"),
-            ("--depths 1,32,1", "--depths has 1 twice; say it once"),
-            ("--bs 4K,4096", "--bs has 4K twice; say it once"),
-            ("--rw read:4K,read,read:4096", "--rw has read:4K twice; say it once"),
-            ("--merge on,on", "--merge has on twice; say it once"),
-            ("--thread-pool-max 65", "65 is not in 1..=64"),
-            ("--completion irq", "say one of poll, interrupt"),
-            ("--cache off", "say one of writeback, none,"),
-            ("--rw trim", "say one of randread, randwrite, read, write, randrw"),
-            ("--content given", "say one of written, hole, preallocated"),
-            ("--bs 1000", "a multiple of 512 bytes, at most 4M"),
-            ("--bs 8M", "a multiple of 512 bytes, at most 4M"),
-            ("--depths 0", "0 is not in 1..=1024"),
-            ("--runtime 0", "seconds between 0.01 and 3600"),
-            ("--size 4K --bs 8K", "--size: at least one block"),
-            ("--size 4K --rw read:1M", "--size: at least one block"),
-            ("--rw read:1000", "a multiple of 512 bytes"),
-            ("--engines native --cache writeback", "--engines native goes past the page cache"),
-            ("--quick --full", "cannot be used with"),
-            ("--disk x --dir y", "cannot be used with"),
-        ] {
-            let error = plan(args).unwrap_err();
-            assert!(error.contains(message), "{args}: {error}");
-        }
-    }
-}
+mod tests;

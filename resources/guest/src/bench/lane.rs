@@ -19,6 +19,9 @@ struct Slot {
 
 const SLOT_BYTES: u64 = size_of::<Slot>() as u64;
 
+/// The parts of a request: its header, its data and its status.
+pub(super) const PARTS: u16 = 3;
+
 /// How a request ended.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum End {
@@ -55,9 +58,9 @@ pub(super) struct Lane {
 }
 
 impl Lane {
-    /// `depth` requests of `block` bytes, a multiple of 512. Buffers are filled once with something that is not zero.
-    pub(super) fn new(queue: Virtqueue, depth: u16, block: u32, verify: Option<u64>) -> Outcome<Self> {
-        holds("the queue has room for as many requests", depth <= queue.size)?;
+    /// `depth` requests of `block` bytes, a multiple of 512, for which `queue` has room. Buffers are filled once with
+    /// something that is not zero.
+    pub(super) fn new(queue: Virtqueue, depth: u16, block: u32, verify: Option<u64>) -> Self {
         let entries = u64::from(depth);
         let lane = Self {
             queue,
@@ -72,7 +75,7 @@ impl Lane {
         for offset in (0..entries * u64::from(block)).step_by(8) {
             lane.data.write(offset, pattern(0, offset));
         }
-        Ok(lane)
+        lane
     }
 
     /// How many requests it keeps in flight.
@@ -85,7 +88,7 @@ impl Lane {
     }
 
     /// Makes `operation` available as request `number`, which is not in flight.
-    pub(super) fn start(&mut self, number: u16, operation: Operation) -> Outcome {
+    pub(super) fn start(&mut self, number: u16, operation: Operation) {
         if let Some(seed) = self.verify {
             let seed = if operation.write { seed + 1 } else { !seed };
             let buffer = self.buffer(number);
@@ -93,17 +96,17 @@ impl Lane {
                 buffer.write(at, pattern(seed, operation.offset + at));
             }
         }
-        self.publish(number, Slot { operation, again: false, started: cpu::ticks() })
+        self.publish(number, Slot { operation, again: false, started: cpu::ticks() });
     }
 
     /// Reads what request `number` wrote.
-    pub(super) fn read_back(&mut self, number: u16) -> Outcome {
+    pub(super) fn read_back(&mut self, number: u16) {
         let slot = self.slots.read::<Slot>(u64::from(number) * SLOT_BYTES);
         self.buffer(number).write(0, 0_u64);
-        self.publish(number, Slot { again: true, started: cpu::ticks(), ..slot })
+        self.publish(number, Slot { again: true, started: cpu::ticks(), ..slot });
     }
 
-    fn publish(&mut self, number: u16, slot: Slot) -> Outcome {
+    fn publish(&mut self, number: u16, slot: Slot) {
         self.slots.write(u64::from(number) * SLOT_BYTES, slot);
         let writes = slot.operation.write && !slot.again;
         let kind = if writes { Kind::Write } else { Kind::Read };
@@ -117,13 +120,13 @@ impl Lane {
             Buffer { address: self.buffer(number).0, bytes: self.block, writable: !writes },
             Buffer { address: status.0, bytes: 1, writable: true },
         ];
-        holds("the disk offers INDIRECT_DESC", self.queue.add_at(number, &chain))
+        self.queue.add_at(number * self.queue.taken_by(PARTS), &chain);
     }
 
     /// Takes a completed request.
     pub(super) fn take(&mut self) -> Outcome<Option<Done>> {
-        let Some((number, _)) = self.queue.take() else { return Ok(None) };
-        let ended = cpu::ticks();
+        let Some((head, _)) = self.queue.take() else { return Ok(None) };
+        let (number, ended) = (head / self.queue.taken_by(PARTS), cpu::ticks());
         holds("only requests in flight complete", number < self.depth)?;
         let slot = self.slots.read::<Slot>(u64::from(number) * SLOT_BYTES);
         let write = slot.operation.write && !slot.again;

@@ -5,7 +5,7 @@ mod lane;
 
 use core::fmt;
 
-use lane::{Done, End, Lane};
+use lane::{Done, End, Lane, PARTS};
 
 use crate::Machine;
 use crate::blk::{F_FLUSH, F_READ_ONLY};
@@ -115,15 +115,19 @@ impl Bench {
         let device = Device::find(function)?;
         let features = F_EVENT_IDX | F_INDIRECT_DESC | F_READ_ONLY | F_FLUSH | if plan.queues > 1 { F_MQ } else { 0 };
         let vectors = if plan.polled { None } else { Some(msix::direct_both(machine)?) };
-        let options = Options { features, vectors, queue_size: plan.depth.next_power_of_two() };
+        let options = Options { features, vectors, queue_size: 0 };
         let features = device.begin(&options)?;
+        // Without indirect descriptors a request takes one for each of its parts.
+        let entries = plan.depth.saturating_mul(if features & F_INDIRECT_DESC == 0 { PARTS } else { 1 });
+        let options = Options { queue_size: entries.checked_next_power_of_two().unwrap_or(1 << 15), ..options };
         let queues = if features & F_MQ == 0 { 1 } else { device.config.read::<u16>(NUM_QUEUES) };
         holds("the disk has as many queues", plan.queues <= queues)?;
         holds("a disk to be written is not read-only", !plan.mix.writes() || features & F_READ_ONLY == 0)?;
         let mut lanes = [const { None }; MAX_QUEUES];
         for (index, lane) in (0..plan.queues).zip(&mut lanes) {
             let queue = device.queue(index, features, &options)?;
-            *lane = Some(Lane::new(queue, plan.depth, plan.block, plan.verify.then_some(plan.seed))?);
+            holds("the queue has room for as many requests", entries <= queue.size)?;
+            *lane = Some(Lane::new(queue, plan.depth, plan.block, plan.verify.then_some(plan.seed)));
         }
         device.start()?;
         let capacity = u64::from(device.config.read::<u32>(0)) | u64::from(device.config.read::<u32>(4)) << 32;
@@ -151,7 +155,7 @@ impl Bench {
         self.end = self.plan.runtime.map_or(u64::MAX, |runtime| self.begin + runtime);
         for lane in lanes.iter_mut().flatten() {
             for number in 0..lane.depth() {
-                self.start(lane, number)?;
+                self.start(lane, number);
             }
             lane.queue.kick();
         }
@@ -195,10 +199,10 @@ impl Bench {
             self.in_flight -= 1;
             self.count(&done);
             if self.plan.verify && done.write && done.end == End::Good {
-                lane.read_back(done.number)?;
+                lane.read_back(done.number);
                 self.in_flight += 1;
             } else {
-                self.start(lane, done.number)?;
+                self.start(lane, done.number);
             }
         }
         if any {
@@ -207,13 +211,13 @@ impl Bench {
         Ok(any)
     }
 
-    fn start(&mut self, lane: &mut Lane, number: u16) -> Outcome {
+    fn start(&mut self, lane: &mut Lane, number: u16) {
         if self.tally.started == self.plan.count || self.plan.runtime.is_some() && cpu::ticks() >= self.end {
-            return Ok(());
+            return;
         }
         self.tally.started += 1;
         self.in_flight += 1;
-        lane.start(number, self.work.advance())
+        lane.start(number, self.work.advance());
     }
 
     fn count(&mut self, done: &Done) {

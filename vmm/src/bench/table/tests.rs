@@ -1,8 +1,8 @@
 //! A report from fixed figures.
 
 use super::*;
-use crate::bench::plan::{Cell, Completion, Place, Plan, Way};
 use crate::bench::{Axes, Latency, Manifest, Sample};
+use crate::bench::{Cell, Completion, Place, Plan};
 use block::cache::CacheMode;
 use block::engine::Aio;
 use block::engine::threads::DEFAULT_THREADS;
@@ -31,7 +31,8 @@ fn sample(iops: f64, vcpu: bool) -> Sample {
 /// A cell with pairs of requests per second, ours and the host's.
 fn measured(bs: u32, aio: impl Into<Option<Aio>>, ioeventfd: bool, pairs: &[(f64, f64)]) -> Measured {
     let work = Work { content: Content::Written, rw: Mix::RandRead, bs, depth: 32, queues: 1, busy: 0 };
-    let mut measured = Measured::new(Cell { work, way: Way { aio: aio.into(), ioeventfd, ..Way::default() } });
+    let way = Way { aio: aio.into(), ioeventfd, ..Way::default() };
+    let mut measured = Measured::new(Cell { work, way }, None);
     let round =
         |&(ours, host)| BTreeMap::from([(Subject::Skiff, sample(ours, true)), (Subject::Host, sample(host, false))]);
     measured.rounds = pairs.iter().map(round).collect();
@@ -57,8 +58,9 @@ fn manifest() -> Manifest {
     };
     let place = Place::Own("/nonexistent".into(), 1 << 30);
     let (runtime, warm_up) = (Duration::from_secs(1), Duration::ZERO);
-    let plan = Plan { axes, place, runtime, warm_up, repeat: 3, against: vec![Subject::Host], pin: false, seed: 7 };
-    let manifest = Manifest::new(&plan);
+    let against = vec![Subject::Host];
+    let plan = Plan { axes, place, runtime, warm_up, repeat: 3, against, if_there: false, pin: false, seed: 7 };
+    let manifest = Manifest::new(&plan, &plan.subjects());
     let (kernel, processor) = ("6.1".to_owned(), "A processor".to_owned());
     Manifest { skiff: "0.1.0", kernel, processor, cpus: 2, kvm: Some(KvmKind::Hardware), ..manifest }
 }
@@ -75,7 +77,13 @@ fn tables() {
     ];
     cells.insert(3, measured(1 << 20, None, true, &[(2000.0, 1000.0); 3]));
     cells[3].chosen = Some(Aio::IoUring);
-    let results = Results { schema: 2, complete: false, manifest: manifest(), cells };
+    let results = Results {
+        schema: 2,
+        complete: false,
+        left_out: vec!["firecracker is left out: it is gone".to_owned()],
+        manifest: manifest(),
+        cells,
+    };
     let expected = "\
 skiff 0.1.0, Linux 6.1, A processor x 2, hardware KVM
 disk: /nonexistent, files of 1G; 3 x 1 s a cell, seed 7
@@ -98,6 +106,7 @@ written file, randread 1m, depth 32
 io us: CPU time of a request in all threads but the vCPU's
 kicks, intr, calls: doorbells, interrupts, io_submit or io_uring_enter calls for a request
 batch: requests that went to the engine at once
+firecracker is left out: it is gone
 INTERRUPTED: not all was measured
 ";
     let shown = results.to_string();
@@ -107,7 +116,7 @@ INTERRUPTED: not all was measured
 #[test]
 fn the_json_form_is_the_documented_one() {
     let cells = vec![measured(4096, Aio::Native, true, &[(50.0, 100.0)])];
-    let results = Results { schema: 2, complete: true, manifest: manifest(), cells };
+    let results = Results { schema: 2, complete: true, left_out: Vec::new(), manifest: manifest(), cells };
     let json: serde_json::Value = serde_json::from_str(&results.to_json()).unwrap();
     let text = include_str!("../../../../docs/bench.md");
     let documented: Vec<&str> = text.lines().filter_map(|line| line.strip_prefix("| `")?.split('`').next()).collect();
@@ -126,7 +135,7 @@ fn the_json_form_is_the_documented_one() {
 #[test]
 fn comma_separated_values() {
     let cells = vec![measured(4096, Aio::Native, false, &[(50.0, 100.0), (60.0, 100.0)])];
-    let csv = Results { schema: 2, complete: true, manifest: manifest(), cells }.to_csv();
+    let csv = Results { schema: 2, complete: true, left_out: Vec::new(), manifest: manifest(), cells }.to_csv();
     let lines: Vec<&str> = csv.strip_suffix("\r\n").unwrap().split("\r\n").collect();
     assert_eq!(lines.len(), 1 + 4);
     let cell = "written,randread,4096,32,1,0,native,,none,off,100,on,16,poll,2";
