@@ -58,7 +58,9 @@ impl Field {
         for &subject in &self.subjects {
             let mut reasons = BTreeMap::<&str, usize>::new();
             for cell in cells {
-                subject.lacks(&cell.cell, cell.engine()).map(|why| *reasons.entry(why).or_default() += 1);
+                if let Some(why) = subject.lacks(&cell.cell, cell.engine()) {
+                    *reasons.entry(why).or_default() += 1;
+                }
             }
             let lines = reasons.into_iter().map(|(why, count)| {
                 format!("{} is left out of {count} of {} cells: {why}", subject.name(), cells.len())

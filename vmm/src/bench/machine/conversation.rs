@@ -68,13 +68,11 @@ impl<'a> Conversation<'a> {
         let mut child = child.with_context(|| format!("{} cannot be started", command.get_program().display()))?;
         // `command` and `theirs` end here: the terminal hangs up when the child's are the last.
         drop(command);
-        let (input, output) = match terminal {
-            Some((ours, _)) => (ours.try_clone()?, ours),
-            None => {
-                let (input, output) =
-                    (child.stdin.take().expect("it is piped"), child.stdout.take().expect("so is this"));
-                (OwnedFd::from(input).into(), OwnedFd::from(output).into())
-            }
+        let (input, output): (File, File) = if let Some((ours, _)) = terminal {
+            (ours.try_clone()?, ours)
+        } else {
+            let ours = (child.stdin.take().expect("it is piped"), child.stdout.take().expect("so is this"));
+            (OwnedFd::from(ours.0).into(), OwnedFd::from(ours.1).into())
         };
         let errors = lines_of(child.stderr.take().expect("it is piped"));
         Ok(Self { child, input, lines: lines_of(output), errors, stop, patience, last: String::new() })
