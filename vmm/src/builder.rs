@@ -209,6 +209,7 @@ impl VmBuilder<'_> {
                 unmap: config.discard == Discard::Unmap,
                 statistics: self.resources.statistics[number].clone(),
                 limits: config.limits,
+                abandon: self.exit.forced().clone(),
                 errors: Some(Errors { read: config.rerror, write: config.werror, pause: self.pause.clone() }),
             };
             let device: Box<dyn VirtioDevice> = Box::new(Blk::new(open.disk.clone(), &options));

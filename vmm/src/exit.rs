@@ -2,7 +2,7 @@
 
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
@@ -81,6 +81,7 @@ impl std::fmt::Display for ExitReason {
 pub struct ExitLine {
     reason: Mutex<Option<ExitReason>>,
     raised: AtomicBool,
+    forced: Arc<AtomicBool>,
     event: EventFd,
 }
 
@@ -90,12 +91,16 @@ impl ExitLine {
     /// # Errors
     /// If the host gives no eventfd.
     pub fn new() -> io::Result<Self> {
-        Ok(Self { reason: Mutex::default(), raised: AtomicBool::new(false), event: EventFd::new(EFD_NONBLOCK)? })
+        let event = EventFd::new(EFD_NONBLOCK)?;
+        Ok(Self { reason: Mutex::default(), raised: AtomicBool::new(false), forced: Arc::default(), event })
     }
 
     /// Announces the end. Returns at once; ignored if another reason was announced before.
     pub fn raise(&self, reason: ExitReason) {
-        self.lock().get_or_insert(reason);
+        let first = *self.lock().get_or_insert(reason);
+        if matches!(first, ExitReason::Forced | ExitReason::Quit) {
+            self.forced.store(true, Ordering::Release);
+        }
         self.raised.store(true, Ordering::Release);
         // Fails only if the counter is full, and then it is readable.
         let _ = self.event.write(1);
@@ -104,6 +109,12 @@ impl ExitLine {
     /// Whether the end was announced. One load: asked before every entry into the guest.
     pub fn is_raised(&self) -> bool {
         self.raised.load(Ordering::Acquire)
+    }
+
+    /// Whether somebody wants the machine to end at once ([`ExitReason::Forced`], [`ExitReason::Quit`]): for devices that could
+    /// still finish something. There is no machine after that.
+    pub fn forced(&self) -> &Arc<AtomicBool> {
+        &self.forced
     }
 
     /// The reason, and the line is as new: for the next machine, when all threads of this one are gone.

@@ -376,7 +376,7 @@ pub(super) fn bad_buffers(bed: &Bed, make: impl Fn(Arc<Disk>) -> Box<dyn Engine>
     assert_eq!(image[1024..1536], [5; 512]);
 }
 
-/// `drain` returns everything that was pushed, submitted or not, and the engine goes on working.
+/// `drain` and `abandon` return everything that was pushed, submitted or not, once, and the engine goes on working.
 pub(super) fn drain(bed: &Bed, make: impl Fn(Arc<Disk>) -> Box<dyn Engine>) {
     let (_dir, _path, disk, _) = bed.disk(1 << 20);
     let memory = memory(1 << 20);
@@ -389,8 +389,20 @@ pub(super) fn drain(bed: &Bed, make: impl Fn(Arc<Disk>) -> Box<dyn Engine>) {
             }
         }
         let mut completions = Vec::new();
-        engine.drain(&mut completions);
-        assert_eq!(completions.len(), 100);
+        if round % 2 == 0 {
+            engine.drain(&mut completions);
+        } else {
+            engine.abandon(&mut completions);
+        }
+        let mut tags: Vec<_> = completions.iter().map(|completion| completion.tag).collect();
+        tags.sort_unstable();
+        assert!(tags.into_iter().eq(0..100));
+        for completion in &completions {
+            match &completion.result {
+                Err(error) if round % 2 == 1 => assert_eq!(error.raw_os_error(), Some(libc::ECANCELED)),
+                result => assert!(result.is_ok(), "{result:?}"),
+            }
+        }
         assert_eq!(Arc::strong_count(&memory), 101, "an op is still somewhere");
         completions.clear();
         engine.reap(&mut completions);

@@ -423,6 +423,10 @@ impl<R: Ring> Ring for Faulty<R> {
         self.ring.has_finished()
     }
 
+    fn cancel(&mut self) {
+        self.ring.cancel();
+    }
+
     fn reap(&mut self, finished: &mut Vec<(usize, i64)>) {
         let before = finished.len();
         self.ring.reap(finished);

@@ -71,30 +71,31 @@ impl Merge {
         self.merged += 1;
     }
 
-    /// Takes a completion of the inner engine apart. Returns whether its parts must be done again.
-    fn split(&mut self, completion: Completion, completions: &mut Vec<Completion>) -> bool {
+    /// Takes a completion of the inner engine apart. If it failed its parts are pushed `again`, or else were not done. Returns
+    /// whether some was pushed.
+    fn split(&mut self, completion: Completion, again: bool, completions: &mut Vec<Completion>) -> bool {
         let parts = &mut self.parts[usize::from(completion.tag)];
         if parts.is_empty() {
             completions.push(completion);
             return false;
         }
-        let again = completion.result.is_err();
+        let failed = completion.result.is_err();
         for (op, tag) in parts.drain(..) {
-            if again {
-                self.inner.push(op, tag);
-            } else {
-                completions.push(Completion { tag, op, result: Ok(()) });
+            match (failed, again) {
+                (false, _) => completions.push(Completion { tag, op, result: Ok(()) }),
+                (true, true) => self.inner.push(op, tag),
+                (true, false) => completions.push(Completion::canceled(op, tag)),
             }
         }
         self.spare.push(completion.op);
-        again
+        failed && again
     }
 
     /// Takes what `found` has apart; returns whether some of it was handed to the inner engine again.
     fn split_all(&mut self, found: &mut Vec<Completion>, completions: &mut Vec<Completion>) -> bool {
         let mut again = false;
         for completion in found.drain(..) {
-            again |= self.split(completion, completions);
+            again |= self.split(completion, true, completions);
         }
         if again {
             self.inner.submit();
@@ -175,6 +176,17 @@ impl Engine for Merge {
         }
         self.found = found;
         // They would keep guest memory alive.
+        self.spare.clear();
+    }
+
+    fn abandon(&mut self, completions: &mut Vec<Completion>) {
+        let mut found = mem::take(&mut self.found);
+        found.extend(self.last.take().map(|Last { op, tag, .. }| Completion::canceled(op, tag)));
+        self.inner.abandon(&mut found);
+        for completion in found.drain(..) {
+            self.split(completion, false, completions);
+        }
+        self.found = found;
         self.spare.clear();
     }
 
@@ -328,6 +340,22 @@ mod tests {
             assert_eq!(*seen.lock().unwrap(), expected);
             assert_eq!(merge.merged(), 7);
         }
+    }
+
+    #[test]
+    fn what_failed_is_not_done_again_when_nobody_waits() {
+        let memory = memory(1 << 20);
+        let (mut merge, seen) = Scripted::merging(0..512);
+        // The last may still grow, and is not with the engine inside.
+        for (tag, offset) in [(0, 0), (1, 4096), (2, 16384), (3, 65536)] {
+            merge.push(op(WRITE, offset, &[(usize::from(tag) * 4096, 4096)], &memory), tag);
+        }
+        let mut completions = Vec::new();
+        merge.abandon(&mut completions);
+        completions.sort_unstable_by_key(|completion| completion.tag);
+        let results: Vec<_> = completions.iter().map(|one| (one.tag, one.result.is_ok())).collect();
+        assert_eq!(results, [(0, false), (1, false), (2, true), (3, false)]);
+        assert_eq!(*seen.lock().unwrap(), [(WRITE, 0, 8192), (WRITE, 16384, 4096)]);
     }
 
     fn merging(disk: Arc<Disk>) -> Box<dyn Engine> {

@@ -78,6 +78,13 @@ pub struct Completion {
     pub result: io::Result<()>,
 }
 
+impl Completion {
+    /// Of an op that was not done, because nobody waits for it any more.
+    fn canceled(op: Op, tag: u16) -> Self {
+        Self { tag, op, result: Err(io::Error::from_raw_os_error(libc::ECANCELED)) }
+    }
+}
+
 /// Moves bytes between an image and guest memory. All engines complete the same way; nothing above asks which
 /// one it is.
 ///
@@ -104,6 +111,12 @@ pub trait Engine: Send {
     /// Submits what was pushed and returns when nothing is in flight; appends the last completions. Called at reset, on
     /// the worker thread.
     fn drain(&mut self, completions: &mut Vec<Completion>);
+
+    /// As [`Engine::drain`], for an owner who needs no answers any more: what the host has not begun is not done, and completes
+    /// with `ECANCELED`. What it has begun is waited for, for most of it cannot be taken back.
+    fn abandon(&mut self, completions: &mut Vec<Completion>) {
+        self.drain(completions);
+    }
 
     /// How many ops so far went together with one before them, instead of each on its own.
     fn merged(&self) -> u64 {

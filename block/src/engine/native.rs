@@ -278,6 +278,13 @@ impl Ring for Native {
         !self.refused.is_empty() || self.mapped && !self.head().is_empty()
     }
 
+    /// Only of what was not handed over: the kernel gives up no transfer of a disk (io_cancel(2)).
+    fn cancel(&mut self) {
+        // SAFETY: the pointers are into `blocks`.
+        let numbers = self.batch.drain(..).map(|block| unsafe { (*block).aio_data } as usize);
+        self.refused.extend(numbers.map(|number| (number, i64::from(-libc::ECANCELED))));
+    }
+
     fn reap(&mut self, finished: &mut Vec<(usize, i64)>) {
         finished.append(&mut self.refused);
         if self.mapped {

@@ -46,6 +46,9 @@ pub(super) trait Ring: Send {
     /// Whether [`Ring::reap`] would yield something, without a system call; `false` also where only the kernel knows.
     fn has_finished(&mut self) -> bool;
 
+    /// Gives up what the kernel has and has not begun, as far as it lets us. [`Ring::reap`] yields it nonetheless.
+    fn cancel(&mut self);
+
     /// Takes out what has completed: its number, and the bytes transferred or the negative errno. The event of the
     /// engine is written for each.
     fn reap(&mut self, finished: &mut Vec<(usize, i64)>);
@@ -65,6 +68,8 @@ pub(super) struct RingEngine<R: Ring> {
     free: Vec<usize>,
     finished: Vec<(usize, i64)>,
     submissions: u64,
+    /// What must be done again is not: [`Engine::abandon`].
+    abandoning: bool,
 }
 
 /// One transfer in the ring; its number is its index.
@@ -96,6 +101,7 @@ impl<R: Ring> RingEngine<R> {
             free: (0..DEPTH).rev().collect(),
             finished: Vec::with_capacity(DEPTH),
             submissions: 0,
+            abandoning: false,
         })
     }
 
@@ -142,11 +148,26 @@ impl<R: Ring> RingEngine<R> {
                     let result = if op.kind == OpKind::Flush { self.image.flushed(result) } else { result };
                     completions.push(Completion { tag, op, result });
                 }
+                None if self.abandoning => completions.push(Completion::canceled(op, tag)),
                 None => self.help(op, tag),
             }
         }
         self.finished = finished;
         any
+    }
+
+    /// Returns when nothing is in flight.
+    fn finish(&mut self, completions: &mut Vec<Completion>) {
+        loop {
+            let before = completions.len();
+            self.reap(completions);
+            if self.waiting.is_empty() && self.in_slots() == 0 && self.helping == 0 {
+                return;
+            }
+            if completions.len() == before {
+                self.wait();
+            }
+        }
     }
 
     /// Waits until the event was written since the last wait.
@@ -245,16 +266,18 @@ impl<R: Ring> Engine for RingEngine<R> {
 
     fn drain(&mut self, completions: &mut Vec<Completion>) {
         self.submit();
-        loop {
-            let before = completions.len();
-            self.reap(completions);
-            if self.waiting.is_empty() && self.in_slots() == 0 && self.helping == 0 {
-                return;
-            }
-            if completions.len() == before {
-                self.wait();
-            }
-        }
+        self.finish(completions);
+    }
+
+    fn abandon(&mut self, completions: &mut Vec<Completion>) {
+        completions.extend(self.waiting.drain(..).map(|(op, tag)| Completion::canceled(op, tag)));
+        self.abandoning = true;
+        self.ring.cancel();
+        let before = completions.len();
+        self.helper.abandon(completions);
+        self.helping -= completions.len() - before;
+        self.finish(completions);
+        self.abandoning = false;
     }
 
     fn submissions(&self) -> u64 {

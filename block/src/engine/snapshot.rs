@@ -250,6 +250,23 @@ impl Engine for Snapshot {
         // They would keep guest memory alive.
         self.spare.clear();
     }
+
+    fn abandon(&mut self, completions: &mut Vec<Completion>) {
+        for tag in self.waiting.drain(..) {
+            let slot = &mut self.reads[usize::from(tag)];
+            let read = slot.as_mut().expect("a read that waits has not ended");
+            (read.end, read.result) = (read.at, Err(io::Error::from_raw_os_error(libc::ECANCELED)));
+            // Else it ends with its last part.
+            let ended = slot.take_if(|read| read.in_flight == 0);
+            completions.extend(ended.map(|Read { op, .. }| Completion::canceled(op, tag)));
+        }
+        let mut found = mem::take(&mut self.found);
+        self.image.abandon(&mut found);
+        self.overlay.abandon(&mut found);
+        self.take(&mut found, completions);
+        self.found = found;
+        self.spare.clear();
+    }
 }
 
 #[cfg(test)]
@@ -294,7 +311,7 @@ mod tests {
             for done in await_completions(&mut *engine, SECTORS / 2) {
                 done.result.unwrap();
             }
-            for drained in [false, true] {
+            for way in ["reaped", "drained", "abandoned"] {
                 memory.write_slice(&vec![0; 2 * SECTORS * 512], GuestAddress(at(0))).unwrap();
                 for tag in 0..2 {
                     // Buffers end within sectors.
@@ -303,18 +320,25 @@ mod tests {
                     engine.push(op(OpKind::Read, 0, &buffers, &memory), tag);
                 }
                 let mut completions = Vec::new();
-                if drained {
-                    engine.drain(&mut completions);
-                } else {
-                    engine.submit();
-                    completions = await_completions(&mut *engine, 2);
+                match way {
+                    "drained" => engine.drain(&mut completions),
+                    "abandoned" => engine.abandon(&mut completions),
+                    _ => {
+                        engine.submit();
+                        completions = await_completions(&mut *engine, 2);
+                    }
                 }
                 assert_eq!(completions.len(), 2);
                 for Completion { tag, op, result } in completions {
+                    if way == "abandoned" {
+                        // Neither was given to the engines whole, and one not at all.
+                        assert_eq!(result.unwrap_err().raw_os_error(), Some(libc::ECANCELED));
+                        continue;
+                    }
                     result.unwrap();
                     assert_eq!((op.offset, length(&op)), (0, SECTORS as u64 * 512));
                     let seen = sectors(&memory, usize::from(tag) * SECTORS * 512, SECTORS);
-                    assert!(seen == content, "{aio:?}, drained {drained}");
+                    assert!(seen == content, "{aio:?}, {way}");
                 }
             }
             assert!(fs::read(path).unwrap() != content);

@@ -180,6 +180,13 @@ impl Engine for ThreadPool {
         completions.append(&mut state.done);
         self.shared.any_done.store(false, Ordering::Relaxed);
     }
+
+    fn abandon(&mut self, completions: &mut Vec<Completion>) {
+        let waiting = mem::take(&mut self.shared.lock().fifo);
+        let dropped = waiting.into_iter().chain(self.pushed.drain(..));
+        completions.extend(dropped.map(|Job { op, tag }| Completion::canceled(op, tag)));
+        self.drain(completions);
+    }
 }
 
 impl Drop for ThreadPool {
@@ -411,6 +418,44 @@ mod tests {
         let event = pool.completion_event().try_clone().unwrap();
         drop(pool);
         assert_eq!(event.read().unwrap(), 1);
+    }
+
+    /// A disk that hangs: what its threads have begun is all that an abandoned pool waits for.
+    #[test]
+    fn what_no_thread_has_begun_can_be_abandoned() {
+        let (_dir, _path, disk) = disk(4096);
+        let memory = memory(4096);
+        let image = Faulty::new(disk, &[]);
+        let mut pool = ThreadPool::start(image.clone(), limit(2), "test-io", IDLE, event()).unwrap();
+        image.hold(true);
+        for tag in 0..10 {
+            pool.push(op(OpKind::Read, 0, &[(0, 512)], &memory), tag);
+            if tag == 7 {
+                pool.submit();
+            }
+        }
+        while image.calls().len() < 2 {
+            thread::yield_now();
+        }
+        let shared = pool.shared.clone();
+        let completions = thread::scope(|scope| {
+            let abandoning = scope.spawn(|| {
+                let mut completions = Vec::new();
+                pool.abandon(&mut completions);
+                completions
+            });
+            while shared.lock().owner != Owner::Draining {
+                thread::yield_now();
+            }
+            image.hold(false);
+            abandoning.join().unwrap()
+        });
+        assert_eq!(image.calls().len(), 2);
+        let (done, dropped): (Vec<_>, Vec<_>) = completions.into_iter().partition(|one| one.result.is_ok());
+        assert_eq!((done.len(), dropped.len()), (2, 8));
+        pool.push(op(OpKind::Flush, 0, &[], &memory), 0);
+        pool.drain(&mut Vec::new());
+        assert_eq!(image.calls().last(), Some(&Call::Flush), "it works on");
     }
 
     #[test]

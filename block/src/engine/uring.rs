@@ -7,7 +7,7 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
 
 use io_uring::register::Restriction;
-use io_uring::types::{Fixed, FsyncFlags};
+use io_uring::types::{CancelBuilder, Fixed, FsyncFlags};
 use io_uring::{IoUring, opcode, squeue};
 use libc::iovec;
 use thiserror::Error;
@@ -92,6 +92,9 @@ const IMAGE: Fixed = Fixed(0);
 /// `IORING_UNREGISTER_FILES` of io_uring_register(2).
 const UNREGISTER_FILES: u8 = 3;
 
+/// What the entry that cancels all others is known by; no number of a transfer.
+const CANCEL: u64 = u64::MAX;
+
 pub(super) struct Uring(IoUring);
 
 impl Uring {
@@ -108,6 +111,7 @@ impl Uring {
             Restriction::sqe_op(opcode::Write::CODE),
             Restriction::sqe_op(opcode::Writev::CODE),
             Restriction::sqe_op(opcode::Fsync::CODE),
+            Restriction::sqe_op(opcode::AsyncCancel2::CODE),
             Restriction::sqe_flags_required(fixed),
             Restriction::register_op(UNREGISTER_FILES),
         ])?;
@@ -174,14 +178,53 @@ impl Ring for Uring {
         !self.0.completion().is_empty()
     }
 
+    /// What waits for a thread of the kernel, as transfers through the page cache do. Linux before 5.19 refuses, and does all.
+    fn cancel(&mut self) {
+        let cancel = opcode::AsyncCancel2::new(CancelBuilder::any()).build();
+        let cancel = cancel.user_data(CANCEL).flags(squeue::Flags::FIXED_FILE);
+        // SAFETY: it names no memory. A queue that is full is one the kernel takes nothing from: there is nothing to cancel.
+        let _ = unsafe { self.0.submission().push(&cancel) };
+        self.enter();
+    }
+
     fn reap(&mut self, finished: &mut Vec<(usize, i64)>) {
-        finished.extend(self.0.completion().map(|entry| (entry.user_data() as usize, entry.result().into())));
+        let transfers = self.0.completion().filter(|entry| entry.user_data() != CANCEL);
+        finished.extend(transfers.map(|entry| (entry.user_data() as usize, entry.result().into())));
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::os::fd::AsRawFd;
+
+    /// A pipe nobody writes to is a disk that never answers, and lets go of what it was asked.
+    #[test]
+    fn what_the_kernel_has_not_begun_is_cancelled() {
+        let (reader, _writer) = io::pipe().unwrap();
+        let event = EventFd::new(EFD_NONBLOCK).unwrap();
+        let mut ring = Uring::new(reader.as_raw_fd(), event.as_raw_fd()).unwrap();
+        let mut byte = 0_u8;
+        let buffer = iovec { iov_base: (&raw mut byte).cast(), iov_len: 1 };
+        for number in 0..3 {
+            // SAFETY: the buffer is there until all three came back.
+            unsafe { ring.queue(number, OpKind::Read, 0, &[buffer]) };
+        }
+        ring.enter();
+        let mut finished = Vec::new();
+        ring.reap(&mut finished);
+        assert_eq!(finished, []);
+        ring.cancel();
+        while finished.len() < 3 {
+            ring.reap(&mut finished);
+        }
+        finished.sort_unstable();
+        let canceled = i64::from(-libc::ECANCELED);
+        assert_eq!(finished, [(0, canceled), (1, canceled), (2, canceled)]);
+        ring.cancel();
+        ring.reap(&mut finished);
+        assert_eq!(finished.len(), 3, "nothing to cancel, and nothing comes of it");
+    }
 
     #[test]
     fn reasons_why_there_is_no_io_uring() {

@@ -383,6 +383,11 @@ impl Ring for PlayedRing {
         !self.finished.lock().expect("nobody panics here").is_empty()
     }
 
+    fn cancel(&mut self) {
+        let dropped = self.queued.drain(..).map(|call| (call.number, i64::from(-libc::ECANCELED)));
+        self.finished.lock().expect("nobody panics here").extend(dropped);
+    }
+
     fn reap(&mut self, finished: &mut Vec<(usize, i64)>) {
         finished.append(&mut self.finished.lock().expect("nobody panics here"));
     }

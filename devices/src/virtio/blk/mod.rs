@@ -3,6 +3,7 @@
 
 use std::io;
 use std::ops::RangeInclusive;
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -78,6 +79,9 @@ pub struct BlkOptions {
     pub merge: bool,
     /// What it may do at most.
     pub limits: Option<Limits>,
+    /// Set when the machine is stopped by force, before its last [`VirtioDevice::reset`]: that waits for what the host has
+    /// begun, and for the flush, and does nothing else that the guest asked for.
+    pub abandon: Arc<AtomicBool>,
 }
 
 impl Default for BlkOptions {
@@ -94,6 +98,7 @@ impl Default for BlkOptions {
             errors: None,
             merge: true,
             limits: None,
+            abandon: Arc::default(),
         }
     }
 }
@@ -128,6 +133,7 @@ pub struct Blk {
     errors: Option<Errors>,
     merge: bool,
     limited: Limited,
+    abandon: Arc<AtomicBool>,
     workers: Vec<Worker<()>>,
     /// Across resets, for a guest can reset as often as it likes.
     log: Arc<Mutex<LogLimit>>,
@@ -153,6 +159,7 @@ impl Blk {
             errors: options.errors.clone(),
             merge: options.merge,
             limited: options.limits.map(|limits| Arc::new(Mutex::new(Throttle::new(&limits, Instant::now())))),
+            abandon: options.abandon.clone(),
             workers: Vec::new(),
             log: Arc::default(),
         }
@@ -263,6 +270,7 @@ impl VirtioDevice for Blk {
             statistics: self.statistics.clone(),
             errors: self.errors.clone(),
             limited: self.limited.clone(),
+            abandon: self.abandon.clone(),
         };
         for queue in activation.queues {
             match self.start(queue, context.clone()) {

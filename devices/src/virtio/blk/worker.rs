@@ -4,6 +4,7 @@ use std::fmt::Display;
 use std::io;
 use std::mem;
 use std::os::fd::AsRawFd;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -50,11 +51,13 @@ pub(super) struct Context {
     pub(super) statistics: Arc<Statistics>,
     pub(super) errors: Option<Errors>,
     pub(super) limited: Limited,
+    /// What is in flight when the worker stops need not be done: nobody will ask for it.
+    pub(super) abandon: Arc<AtomicBool>,
 }
 
 /// One queue at work.
 pub(super) struct QueueWorker {
-    context: Context,
+    pub(super) context: Context,
     index: u16,
     queue: Virtqueue,
     /// Registered in `epoll`, so it stays open as long.
@@ -110,7 +113,8 @@ impl QueueWorker {
     }
 
     /// The body of the thread. Ends when `stop` is readable or the driver breaks a queue of the device. What is in flight
-    /// then is waited for, but not answered: the rings are the driver's again. What the guest wrote is flushed.
+    /// then is waited for, but not answered: the rings are the driver's again. If the disk is abandoned only what the host has
+    /// begun is. What the guest wrote, and was told so, is flushed.
     pub(super) fn run(mut self, stop: &EventFd) {
         if let Err(broken) = self.serve(stop) {
             self.log(format_args!("queue {}: {broken}; the disk stops until the driver resets it", self.index));
@@ -118,7 +122,11 @@ impl QueueWorker {
             // Full only if it is readable already.
             let _ = self.context.halt.write(1);
         }
-        self.drain();
+        if self.context.abandon.load(Ordering::Acquire) {
+            self.abandon();
+        } else {
+            self.drain();
+        }
         if self.wrote && self.context.rules.cache.flushes() {
             let flush = self.new_op();
             self.engine.push(flush, 0);
@@ -133,6 +141,20 @@ impl QueueWorker {
             if let Err(error) = result {
                 self.log(describe(&op, &error));
             }
+        }
+        self.completions = completions;
+    }
+
+    /// As `drain`, without what the host has not begun.
+    fn abandon(&mut self) {
+        let mut completions = mem::take(&mut self.completions);
+        self.engine.abandon(&mut completions);
+        let not_done = completions.drain(..).filter(|completion| completion.result.is_err()).count();
+        if not_done > 0 {
+            self.log(format_args!(
+                "queue {}: {not_done} requests were not done: the machine is stopped by force",
+                self.index
+            ));
         }
         self.completions = completions;
     }

@@ -34,6 +34,10 @@ impl Engine for Stuck {
         self.drained.lock().unwrap().push(self.ops.iter().map(|(op, _)| op.kind).collect());
         completions.extend(self.ops.drain(..).map(|(op, tag)| Completion { tag, op, result: Ok(()) }));
     }
+    fn abandon(&mut self, completions: &mut Vec<Completion>) {
+        let canceled = || Err(io::Error::from_raw_os_error(libc::ECANCELED));
+        completions.extend(self.ops.drain(..).map(|(op, tag)| Completion { tag, op, result: canceled() }));
+    }
 }
 
 /// Completes everything at once, inside `submit`, with an error.
@@ -106,6 +110,7 @@ pub(super) fn context(guest: &Guest, disk: Arc<Disk>, rules: Rules) -> Context {
         statistics: Arc::default(),
         errors: None,
         limited: None,
+        abandon: Arc::default(),
     }
 }
 
@@ -131,12 +136,14 @@ pub(super) fn worker_with(
 
 /// What is in flight ends first, for a flush covers only what completed before it (virtio 1.2, 5.2.6.2).
 #[test]
-fn a_stop_drains_then_flushes_what_was_written_and_answers_nothing() {
+fn a_stop_drains_or_abandons_then_flushes_what_was_written_and_answers_nothing() {
     let write = OpKind::Write { durable: false };
-    for (kind, expected) in [
-        (IN, vec![vec![OpKind::Read]]),
-        (OUT, vec![vec![write], vec![OpKind::Flush]]),
-        (FLUSH, vec![vec![OpKind::Flush]]),
+    for (abandoned, kind, expected) in [
+        (false, IN, vec![vec![OpKind::Read]]),
+        (false, OUT, vec![vec![write], vec![OpKind::Flush]]),
+        (false, FLUSH, vec![vec![OpKind::Flush]]),
+        (true, IN, vec![]),
+        (true, OUT, vec![vec![OpKind::Flush]]),
     ] {
         let (image, mut guest) = (Image::new(), Guest::new(PLAIN));
         let (submitted, drained) = (EventFd::new(EFD_NONBLOCK).unwrap(), Arc::default());
@@ -148,7 +155,9 @@ fn a_stop_drains_then_flushes_what_was_written_and_answers_nothing() {
         };
         let data = if kind == OUT { readable(DATA, 512) } else { writable(DATA, 512) };
         let (_, status) = guest.offer(kind, 0, &[data]);
-        let worker = spawn(&guest, &image, Box::new(engine));
+        let worker = worker(&guest, &image, Box::new(engine));
+        worker.context.abandon.store(abandoned, Ordering::Release);
+        let worker = Worker::spawn("blk0-q0", move |stop| worker.run(&stop)).unwrap();
         wait(&submitted);
         worker.stop();
         assert_eq!(*drained.lock().unwrap(), expected);
