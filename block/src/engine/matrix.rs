@@ -346,6 +346,29 @@ fn an_image_is_free_when_its_engine_is_gone() {
     }
 }
 
+/// The host begins while the owner goes on pushing; neighbours, of which there may be more, are not parted for that.
+#[test]
+fn many_are_handed_over_before_the_last_is_pushed() {
+    for aio in [Aio::Native, Aio::IoUring] {
+        let (_dir, _path, disk, _) = DIRECT.disk(1 << 20);
+        let memory = memory(1 << 20);
+        for (stride, calls) in [(8192, [2, 3]), (4096, [0, 1])] {
+            let mut engine = Merge::new(aio.start(disk.clone(), "test-io").unwrap());
+            for tag in 0..40 {
+                let place = usize::from(tag) * 4096;
+                engine.push(op(OpKind::Read, u64::from(tag) * stride, &[(place, 4096)], &memory), tag);
+            }
+            let before = engine.submissions();
+            engine.submit();
+            assert_eq!([before, engine.submissions()], calls, "{aio:?}, {stride} bytes apart");
+            assert_eq!(engine.merged(), if stride == 4096 { 39 } else { 0 });
+            for completion in await_completions(&mut engine, 40) {
+                completion.result.unwrap();
+            }
+        }
+    }
+}
+
 fn snapshots() -> impl Iterator<Item = (Aio, Bed)> {
     combinations().map(|(aio, bed)| (aio, Bed { snapshot: true, ..bed }))
 }

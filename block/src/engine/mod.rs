@@ -91,7 +91,8 @@ impl Completion {
 /// Every pushed op completes exactly once, in any order. `EAGAIN` and a full ring park it in a FIFO and are never
 /// reported; whatever else goes wrong is the result of the op. Dropping an engine waits for what is in flight.
 pub trait Engine: Send {
-    /// Queues `op` without a system call. `tag` comes back with its completion; the caller keeps tags in flight unique.
+    /// Queues `op`; may hand over what was pushed so far, so that the host begins while the owner goes on pushing. `tag` comes
+    /// back with its completion; the caller keeps tags in flight unique.
     fn push(&mut self, op: Op, tag: u16);
 
     /// Hands what was pushed to the host, in as few system calls as possible.

@@ -26,6 +26,9 @@ pub(super) const DEPTH: usize = 256;
 /// The most bytes one transfer of Linux has (MAX_RW_COUNT).
 const MAX_BYTES: u64 = 0x7fff_f000;
 
+/// So many ops are handed over as soon as they were pushed: the host begins with them while their owner goes on pushing.
+const BATCH: usize = 16;
+
 /// How long to wait for a kernel that has no memory for a single request.
 const PAUSE: Duration = Duration::from_millis(1);
 
@@ -64,6 +67,8 @@ pub(super) struct RingEngine<R: Ring> {
     helping: usize,
     /// Ops for which there was no slot yet.
     waiting: VecDeque<(Op, u16)>,
+    /// Ops pushed since the last submission.
+    pushed: usize,
     slots: Box<[Slot]>,
     free: Vec<usize>,
     finished: Vec<(usize, i64)>,
@@ -97,6 +102,7 @@ impl<R: Ring> RingEngine<R> {
             event,
             helping: 0,
             waiting: VecDeque::with_capacity(DEPTH),
+            pushed: 0,
             slots: (0..DEPTH).map(|_| Slot::default()).collect(),
             free: (0..DEPTH).rev().collect(),
             finished: Vec::with_capacity(DEPTH),
@@ -223,9 +229,14 @@ fn judge(op: &Op, result: i64) -> Option<io::Result<()>> {
 impl<R: Ring> Engine for RingEngine<R> {
     fn push(&mut self, op: Op, tag: u16) {
         self.waiting.push_back((op, tag));
+        self.pushed += 1;
+        if self.pushed == BATCH {
+            self.submit();
+        }
     }
 
     fn submit(&mut self) {
+        self.pushed = 0;
         self.start();
         self.helper.submit();
         if self.ring.queued() == 0 {
