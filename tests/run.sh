@@ -67,7 +67,7 @@ failed=$(($(sum failed) + bad_scenarios))
 skipped=$(($(sum ignored) + gave_up + not_run))
 
 echo
-if [[ $scenarios -gt 0 ]]; then echo "scenarios: $scenarios run, $bad_scenarios failed ($results)"; fi
+if [[ $scenarios -gt 0 ]]; then tests/scenarios/summary "$results"; fi
 grep '^SKIPPED ' "$log" || true
 grep -E '^test .* \.\.\. FAILED$|^.* --- FAILED$' "$log" || true
 if [[ ${#failed_steps[@]} -gt 0 ]]; then

@@ -75,11 +75,6 @@ pub fn tools_initrd(folder: &Path) -> Option<PathBuf> {
     Some(path)
 }
 
-/// The Debian root file system of `resources/image/build`, if it was built.
-pub fn debian_image() -> Option<PathBuf> {
-    Some(target().join("image/debian.img")).filter(|path| path.is_file())
-}
-
 /// A temporary folder for images that are opened with O_DIRECT, which one in memory might not take: where the build is,
 /// or the lab's own disk.
 ///

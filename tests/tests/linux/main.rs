@@ -1,9 +1,7 @@
 //! Stock Linux guests under skiff. They need a KVM that can run them: `tests/lab/runner` takes this binary into the lab
 //! where the host has none, one boot for all of these tests.
 
-mod boot;
 mod choices;
-mod debian;
 mod discard;
 mod disk;
 mod filesystems;
@@ -16,5 +14,6 @@ mod power;
 mod serial;
 mod smoke;
 mod snapshot;
+mod topology;
 mod tree;
 mod unbind;

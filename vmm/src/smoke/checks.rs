@@ -1,17 +1,24 @@
 //! What is looked at after a machine has ended: files of the host, and disks with the tools of e2fsprogs. On the thread of
 //! the test.
 
+use std::fs::File;
 use std::io;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::Path;
 use std::process::Command;
-use std::time::Instant;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
 
+use super::partitions::Layout;
 use super::pattern::printable;
 use super::process::{Heard, Process};
 use super::scenario::{Content, DiskCheck};
 
 /// The most that is read of a file, and of what a tool says.
 const MOST: usize = 16 << 20;
+/// Between two looks at whether the user wants to stop.
+const TICK: Duration = Duration::from_millis(100);
 
 /// Why a check is not passed.
 #[derive(Debug, PartialEq, Eq)]
@@ -20,14 +27,32 @@ pub(super) enum Complaint {
     Wrong(String),
     /// It could not be found out.
     Host(String),
+    /// The user wants to stop.
+    Stopped,
+}
+
+/// How long a check may take.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Limits<'a> {
+    pub(super) deadline: Instant,
+    /// The user wants to stop.
+    pub(super) stop: &'a AtomicBool,
 }
 
 /// Whether the file `path` is as `content` says.
 pub(super) fn file(path: &Path, content: &Content) -> Result<(), Complaint> {
     let shown = path.display().to_string();
     let read = || {
+        // A pipe without a writer is opened without waiting for one.
+        let file = File::options().read(true).custom_flags(libc::O_NONBLOCK).open(path)?;
+        let kind = file.metadata()?.file_type();
+        if kind.is_fifo() || kind.is_char_device() {
+            return Err(io::Error::other("neither a file nor a folder"));
+        }
         let mut bytes = Vec::new();
-        io::Read::read_to_end(&mut io::Read::take(std::fs::File::open(path)?, MOST as u64), &mut bytes)?;
+        if !kind.is_dir() {
+            io::Read::read_to_end(&mut io::Read::take(file, MOST as u64), &mut bytes)?;
+        }
         Ok::<_, io::Error>(bytes)
     };
     match read() {
@@ -37,39 +62,57 @@ pub(super) fn file(path: &Path, content: &Content) -> Result<(), Complaint> {
     }
 }
 
-/// Whether the image at `image`, which the scenario calls `id`, passes `check`, found out before `deadline`.
-pub(super) fn disk(image: &Path, id: &str, check: &DiskCheck, deadline: Instant) -> Result<(), Complaint> {
+/// Whether the image at `image`, which the scenario calls `id`, passes `check`, in this partition or in the only one that can
+/// be meant.
+pub(super) fn disk(
+    image: &Path,
+    id: &str,
+    partition: Option<u32>,
+    check: &DiskCheck,
+    limits: Limits<'_>,
+) -> Result<(), Complaint> {
+    let file = File::open(image).map_err(|error| Complaint::Host(format!("{id}: {error}")))?;
+    let begin = Layout::of(&file).ext(partition).map_err(|what| Complaint::Wrong(format!("{id} {what}")))?;
+    // By a name in which no letter means anything to e2fsprogs: what follows a question mark are options of the file.
+    let volume = format!("/proc/{}/fd/{}?offset={begin}", std::process::id(), file.as_raw_fd());
+    let id = partition.map_or_else(|| id.to_owned(), |number| format!("partition {number} of {id}"));
     match check {
-        DiskCheck::Clean => {
-            let mut command = Command::new("e2fsck");
-            command.args(["-f", "-n"]).arg(image);
-            let said = tool(command, deadline)?;
-            // e2fsck(8), exit code: 0 no errors, 4 errors left uncorrected; with -n also 0 after a journal that it left alone.
-            match said.code {
-                Some(0) if said.has("skipping journal recovery") => {
-                    Err(Complaint::Wrong(format!("{id}: its journal was not written back: it was not unmounted")))
-                }
-                Some(0) => Ok(()),
-                Some(4) => Err(Complaint::Wrong(format!("{id}: e2fsck finds: {}", said.in_short()))),
-                _ => Err(Complaint::Wrong(format!("{id}: e2fsck cannot check it: {}", said.in_short()))),
-            }
+        DiskCheck::Clean => clean(&volume, &id, limits),
+        DiskCheck::File { path, content } => file_in(&volume, &id, path, content, limits),
+    }
+}
+
+/// Whether e2fsck finds nothing to repair in `volume`.
+fn clean(volume: &str, id: &str, limits: Limits<'_>) -> Result<(), Complaint> {
+    let mut command = Command::new("e2fsck");
+    command.args(["-f", "-n", volume]);
+    let said = tool(command, limits)?;
+    // e2fsck(8), exit code: 0 no errors, 4 errors left uncorrected; with -n also 0 after a journal that it left alone.
+    match said.code {
+        Some(0) if said.has("skipping journal recovery") => {
+            Err(Complaint::Wrong(format!("{id}: its journal was not written back: it was not unmounted")))
         }
-        DiskCheck::File { path, content } => {
-            let mut command = Command::new("debugfs");
-            command.args(["-R", &format!("cat \"{path}\"")]).arg(image);
-            let said = tool(command, deadline)?;
-            let shown = format!("{path} on {id}");
-            if said.code.is_none() {
-                return Err(Complaint::Host(format!("debugfs was killed while it read {shown}")));
-            }
-            // It ends with 0 whatever happened, and says the rest on standard error, after its version.
-            let errors: Vec<_> = said.errors.lines().filter(|line| !line.starts_with("debugfs ")).collect();
-            match errors.as_slice() {
-                [] => holds(&shown, Some(&said.bytes), content),
-                [.., last] if last.contains("File not found") => holds(&shown, None, content),
-                [.., last] => Err(Complaint::Wrong(format!("{shown}: debugfs cannot read it: {last}"))),
-            }
-        }
+        Some(0) => Ok(()),
+        Some(4) => Err(Complaint::Wrong(format!("{id}: e2fsck finds: {}", said.in_short()))),
+        _ => Err(Complaint::Wrong(format!("{id}: e2fsck cannot check it: {}", said.in_short()))),
+    }
+}
+
+/// Whether the file `path` in `volume` is as `content` says.
+fn file_in(volume: &str, id: &str, path: &str, content: &Content, limits: Limits<'_>) -> Result<(), Complaint> {
+    let mut command = Command::new("debugfs");
+    command.args(["-R", &format!("cat \"{path}\""), volume]);
+    let said = tool(command, limits)?;
+    let shown = format!("{path} on {id}");
+    if said.code.is_none() {
+        return Err(Complaint::Host(format!("debugfs was killed while it read {shown}")));
+    }
+    // It ends with 0 whatever happened, and says the rest on standard error, after its version.
+    let errors: Vec<_> = said.errors.lines().filter(|line| !line.starts_with("debugfs ")).collect();
+    match errors.as_slice() {
+        [] => holds(&shown, Some(&said.bytes), content),
+        [.., last] if last.contains("File not found") => holds(&shown, None, content),
+        [.., last] => Err(Complaint::Wrong(format!("{shown}: debugfs cannot read it: {last}"))),
     }
 }
 
@@ -122,7 +165,7 @@ impl Said {
     }
 }
 
-fn tool(mut command: Command, deadline: Instant) -> Result<Said, Complaint> {
+fn tool(mut command: Command, Limits { deadline, stop }: Limits<'_>) -> Result<Said, Complaint> {
     let name = command.get_program().to_string_lossy().into_owned();
     // Where Debian has them, which is not in the path of every user.
     let path = std::env::var("PATH").unwrap_or_default();
@@ -134,12 +177,17 @@ fn tool(mut command: Command, deadline: Instant) -> Result<Said, Complaint> {
     process.close_input();
     let (mut bytes, mut errors) = (Vec::new(), Vec::new());
     loop {
+        if stop.load(Ordering::Relaxed) {
+            // It is killed when this returns.
+            return Err(Complaint::Stopped);
+        }
         let left = deadline.saturating_duration_since(Instant::now());
-        match process.hear(left) {
+        match process.hear(left.min(TICK)) {
             Heard::Output(more) if bytes.len() + more.len() <= MOST => bytes.extend(more),
             Heard::Message(more) if errors.len() + more.len() <= MOST => errors.extend(more),
             Heard::Output(_) | Heard::Message(_) => {}
             Heard::End => break,
+            Heard::Silence if left > TICK => {}
             Heard::Silence => return Err(Complaint::Wrong(format!("{name} did not end in time"))),
         }
     }
@@ -154,10 +202,13 @@ mod tests {
     use super::*;
     use crate::smoke::pattern::Pattern;
     use std::io::Write;
-    use std::time::Duration;
 
     fn contains(text: &str) -> Content {
         Content::Has(Pattern::text(text).unwrap())
+    }
+
+    fn soon(stop: &AtomicBool) -> Limits<'_> {
+        Limits { deadline: Instant::now() + Duration::from_secs(60), stop }
     }
 
     fn wrong(result: Result<(), Complaint>) -> String {
@@ -209,8 +260,7 @@ mod tests {
     fn disks() {
         let folder = tempfile::tempdir().unwrap();
         let Some(image) = image(folder.path()) else { return };
-        let deadline = Instant::now() + Duration::from_secs(60);
-        let check = |check: DiskCheck| disk(&image, "root", &check, deadline);
+        let check = |check: DiskCheck| disk(&image, "root", None, &check, soon(&AtomicBool::new(false)));
         let file = |path: &str, content| DiskCheck::File { path: path.into(), content };
         assert_eq!(check(DiskCheck::Clean), Ok(()));
         assert_eq!(check(file("/etc/host name", Content::Equals("skiff\n".into()))), Ok(()));
@@ -236,5 +286,58 @@ mod tests {
         std::fs::write(&image, vec![0; 4 << 20]).unwrap();
         assert!(wrong(check(DiskCheck::Clean)).starts_with("root: e2fsck cannot check it: "));
         assert!(wrong(check(file("/x", Content::Exists))).starts_with("/x on root: debugfs cannot read it: "));
+    }
+
+    #[test]
+    fn a_partition_of_a_disk() {
+        let folder = tempfile::tempdir().unwrap();
+        let Some(filesystem) = image(folder.path()) else { return };
+        // Its name means nothing to e2fsprogs.
+        let disk_image = folder.path().join("disk?offset=5.img");
+        let script = "truncate -s 16M \"$1\" && printf 'label: gpt\\nsize=2MiB\\nsize=4MiB\\n' | sfdisk -q \"$1\" && \
+                      dd if=\"$0\" of=\"$1\" bs=1M seek=3 conv=notrunc status=none";
+        let mut shell = Command::new("sh");
+        let made =
+            shell.args(["-c", script]).arg(filesystem).arg(&disk_image).env("PATH", "/usr/sbin:/sbin:/usr/bin:/bin");
+        if made.status().unwrap().code() == Some(127) {
+            let _ = writeln!(io::stderr(), "SKIPPED smoke::checks: fdisk is not installed");
+            return;
+        }
+        let check =
+            |partition, check: DiskCheck| disk(&disk_image, "root", partition, &check, soon(&AtomicBool::new(false)));
+        let name = || DiskCheck::File { path: "/etc/host name".into(), content: Content::Equals("skiff\n".into()) };
+        for partition in [None, Some(2)] {
+            assert_eq!(check(partition, DiskCheck::Clean), Ok(()));
+            assert_eq!(check(partition, name()), Ok(()));
+        }
+        assert!(wrong(check(Some(1), DiskCheck::Clean)).starts_with("partition 1 of root: e2fsck cannot check it: "));
+        let missing = "root has no partition 3 (1: unknown, 2: ext4)";
+        assert_eq!(wrong(check(Some(3), DiskCheck::Clean)), missing);
+    }
+
+    #[test]
+    fn what_would_block_is_no_file() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("pipe");
+        assert!(Command::new("mkfifo").arg(&path).status().unwrap().success());
+        let Err(Complaint::Host(what)) = file(&path, &Content::Exists) else { panic!("a pipe is a file") };
+        assert!(what.ends_with("neither a file nor a folder"), "{what}");
+        assert_eq!(file(folder.path(), &Content::Exists), Ok(()));
+    }
+
+    /// What a tool does is not waited for when the user wants to stop, nor past the limit.
+    #[test]
+    fn tools_are_killed() {
+        let sleep = || {
+            let mut command = Command::new("sleep");
+            command.arg("1000");
+            command
+        };
+        let stop = AtomicBool::new(true);
+        assert!(matches!(tool(sleep(), soon(&stop)), Err(Complaint::Stopped)));
+        let stop = AtomicBool::new(false);
+        let limits = Limits { deadline: Instant::now() + Duration::from_millis(250), stop: &stop };
+        let Err(Complaint::Wrong(what)) = tool(sleep(), limits) else { panic!("it ended") };
+        assert_eq!(what, "sleep did not end in time");
     }
 }

@@ -5,6 +5,7 @@ use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Context, ensure};
 use block::choose::Access;
@@ -14,6 +15,9 @@ use vmm_sys_util::seek_hole::SeekHole;
 use super::scenario::{Cell, Scenario};
 use crate::bench::Nameless;
 use crate::config::{VmConfig, to_toml};
+
+/// Copied between two looks at whether the user wants to stop.
+const PIECE: u64 = 64 << 20;
 
 /// A machine with its disks, as `skiff run` gets it.
 #[derive(Debug)]
@@ -29,13 +33,13 @@ impl Prepared {
     /// `keep`: all that the machine writes may be looked at after its end.
     ///
     /// # Errors
-    /// When the host has no room for the copies: one line.
-    pub(super) fn new(scenario: &Scenario, cell: &Cell, keep: bool) -> anyhow::Result<Self> {
+    /// When the host has no room for the copies: one line. Or when `stop` became true.
+    pub(super) fn new(scenario: &Scenario, cell: &Cell, keep: bool, stop: &AtomicBool) -> anyhow::Result<Self> {
         let mut machine = cell.machine.clone().absolute()?;
         let mut copies = Vec::new();
         for (at, disk) in machine.disks.iter_mut().enumerate() {
             let wanted = disk.access == Access::Snapshot && (keep || scenario.checks_disk(at));
-            let copy = if wanted { Some(copy(&disk.path, disk.snapshot_dir.take().as_deref())?) } else { None };
+            let copy = if wanted { Some(copy(&disk.path, disk.snapshot_dir.take().as_deref(), stop)?) } else { None };
             if let Some(copy) = &copy {
                 disk.path = copy.path();
                 disk.access = Access::Write;
@@ -56,11 +60,11 @@ impl Prepared {
     }
 
     /// Leaves the disks that the machine wrote to in `folder`, as `disk0.img` and so on by their ids.
-    pub(super) fn keep(&self, cell: &Cell, folder: &Path) -> io::Result<()> {
+    pub(super) fn keep(&self, cell: &Cell, folder: &Path, stop: &AtomicBool) -> io::Result<()> {
         for (disk, copy) in cell.machine.disks.iter().zip(&self.copies) {
             if let Some(copy) = copy {
                 let mut kept = File::create(folder.join(format!("{}.img", disk.id)))?;
-                copy_sparse(&mut File::open(copy.path())?, &mut kept)?;
+                copy_sparse(&mut File::open(copy.path())?, &mut kept, stop)?;
             }
         }
         Ok(())
@@ -74,7 +78,7 @@ fn write_config(machine: &VmConfig) -> anyhow::Result<Nameless> {
 }
 
 /// A copy of an image: in `folder` or beside it, where a filesystem that can shares its blocks, or else where snapshots are.
-fn copy(image: &Path, folder: Option<&Path>) -> anyhow::Result<Nameless> {
+fn copy(image: &Path, folder: Option<&Path>, stop: &AtomicBool) -> anyhow::Result<Nameless> {
     let shown = image.display();
     let mut original = File::open(image).with_context(|| format!("disk {shown}"))?;
     ensure!(
@@ -87,12 +91,12 @@ fn copy(image: &Path, folder: Option<&Path>) -> anyhow::Result<Nameless> {
     };
     let copy = copy.with_context(|| format!("disk {shown}: no file for its copy; name a folder with snapshot-dir"))?;
     let mut file = File::options().write(true).open(copy.path())?;
-    copy_sparse(&mut original, &mut file).with_context(|| format!("disk {shown} cannot be copied"))?;
+    copy_sparse(&mut original, &mut file, stop).with_context(|| format!("disk {shown} cannot be copied"))?;
     Ok(copy)
 }
 
-/// Copies what is not a hole; `to` is empty.
-fn copy_sparse(from: &mut File, to: &mut File) -> io::Result<()> {
+/// Copies what is not a hole; `to` is empty. Fails when `stop` becomes true.
+fn copy_sparse(from: &mut File, to: &mut File, stop: &AtomicBool) -> io::Result<()> {
     let size = from.seek(SeekFrom::End(0))?;
     to.set_len(size)?;
     let mut at = 0;
@@ -100,9 +104,18 @@ fn copy_sparse(from: &mut File, to: &mut File) -> io::Result<()> {
         let hole = from.seek_hole(data)?.unwrap_or(size);
         from.seek(SeekFrom::Start(data))?;
         to.seek(SeekFrom::Start(data))?;
-        // copy_file_range(2): blocks are shared where the filesystem can.
-        io::copy(&mut Read::by_ref(from).take(hole - data), to)?;
-        at = hole;
+        at = data;
+        while at < hole {
+            if stop.load(Ordering::Relaxed) {
+                return Err(io::Error::other("interrupted"));
+            }
+            // copy_file_range(2): blocks are shared where the filesystem can.
+            match io::copy(&mut Read::by_ref(from).take(PIECE.min(hole - at)), to)? {
+                // It has become shorter meanwhile.
+                0 => return Ok(()),
+                copied => at += copied,
+            }
+        }
     }
     Ok(())
 }
@@ -120,11 +133,11 @@ mod tests {
         original.set_len(64 << 20).unwrap();
         original.write_all_at(b"begin", 0).unwrap();
         original.write_all_at(&vec![7; 100_000], 32 << 20).unwrap();
-        let copied = copy(&image, None).unwrap();
+        let copied = copy(&image, None, &AtomicBool::new(false)).unwrap();
         assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1, "the copy has no name");
         assert!(std::fs::read(copied.path()).unwrap() == std::fs::read(&image).unwrap());
         assert!(std::fs::metadata(copied.path()).unwrap().blocks() <= original.metadata().unwrap().blocks() + 16);
-        let error = copy(Path::new("/dev/null"), None).unwrap_err().to_string();
+        let error = copy(Path::new("/dev/null"), None, &AtomicBool::new(false)).unwrap_err().to_string();
         assert!(error.starts_with("disk /dev/null: only an image in a file"), "{error}");
     }
 }

@@ -64,11 +64,12 @@ impl End {
         matches!(self, Self::Ended { .. }) && !bad.iter().any(|ending| self.is(*ending))
     }
 
-    /// It came during `step`, which does not want it.
-    pub(super) fn unexpected(&self, step: &str) -> Stop {
-        match self {
-            Self::Broken(what) => Stop::Host(what.clone()),
-            Self::Ended { .. } | Self::Stopped(_) => Stop::Failed(format!("{self} (step: {step})")),
+    /// It came during `step`, which does not want it; `None`: after all of them.
+    pub(super) fn unexpected(&self, step: Option<&str>) -> Stop {
+        match (self, step) {
+            (Self::Broken(what), _) => Stop::Host(what.clone()),
+            (_, Some(step)) => Stop::Failed(format!("{self} (step: {step})")),
+            (_, None) => Stop::Failed(format!("{self} after the last step")),
         }
     }
 }

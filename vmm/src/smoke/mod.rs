@@ -10,10 +10,13 @@ mod keys;
 pub mod new;
 mod observer;
 mod parse;
+mod partitions;
 mod pattern;
 mod process;
+mod queue;
 pub mod report;
 mod result;
+mod room;
 mod runner;
 mod scenario;
 #[cfg(test)]

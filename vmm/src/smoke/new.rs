@@ -5,11 +5,11 @@ mod image;
 use std::fmt::Write as _;
 use std::fs::File;
 use std::io::{self, Write};
-use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, anyhow, bail};
 
+use super::partitions::read;
 use image::{Image, Inside, Login};
 
 /// What a scenario is wanted for.
@@ -96,20 +96,6 @@ fn version(file: &File, at: u64) -> Option<String> {
     (!word.is_empty()).then(|| String::from_utf8_lossy(word).into_owned())
 }
 
-/// As much as there is.
-fn read(file: &File, buffer: &mut [u8], at: u64) -> io::Result<usize> {
-    let mut done = 0;
-    while done < buffer.len() {
-        match file.read_at(&mut buffer[done..], at + done as u64) {
-            Ok(0) => break,
-            Ok(count) => done += count,
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            Err(error) => return Err(error),
-        }
-    }
-    Ok(done)
-}
-
 fn scenario(wanted: &Wanted, kernel: &str, image: &Image) -> anyhow::Result<String> {
     let folder = folder_of(&wanted.output)?;
     let quoted = |path: &Path| quoted_path(&folder, path);
@@ -127,8 +113,11 @@ fn scenario(wanted: &Wanted, kernel: &str, image: &Image) -> anyhow::Result<Stri
              # [fail]\n# warning = \"warn\"\n# allow = ['a regular expression of harmless lines']\n\n";
     text += &steps(image.inside.as_ref());
     // Only a machine that has ended can be checked.
-    if image.is_whole_ext() && ends(image.inside.as_ref()) {
+    if image.is_ext() && ends(image.inside.as_ref()) {
         text += "\n[[step]]\ncheck-disk = \"root\"         # e2fsck finds nothing to repair\n";
+        if let Some(number) = image.partition {
+            let _ = writeln!(text, "partition = {number}");
+        }
     }
     Ok(text)
 }

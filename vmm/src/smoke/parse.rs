@@ -12,7 +12,7 @@ use block::choose::Access;
 use toml::de::{DeTable, DeValue};
 
 use super::pattern::Pattern;
-use super::scenario::Scenario;
+use super::scenario::{Scenario, Silence};
 use super::trouble::{KINDS, Rules, Weight};
 use crate::config::{ConfigError, Entry, Place, Request, Source, scalar, unknown_key};
 
@@ -59,6 +59,15 @@ struct Reader<'a> {
     machine_lines: BTreeMap<String, usize>,
 }
 
+/// `silence`.
+#[derive(Clone, Copy)]
+enum Patience {
+    /// Nothing is said: half of `timeout`.
+    Half,
+    Said(Duration),
+    Off,
+}
+
 /// A table and the line it begins at.
 type Table<'t> = (usize, &'t DeTable<'t>);
 
@@ -67,14 +76,14 @@ impl Reader<'_> {
         let file = self.source.path.to_owned();
         let stem = file.file_stem().map(|stem| stem.to_string_lossy().into_owned());
         let mut name = stem.unwrap_or_default();
-        let (mut timeout, mut silence) = (TIMEOUT, None);
+        let (mut timeout, mut silence) = (TIMEOUT, Patience::Half);
         let mut rules = Rules::default();
         let (mut machine, mut matrix, mut steps) = (None, None, None);
         for entry in self.source.entries(document) {
             match entry.key {
                 "name" => name = self.name(&entry).unwrap_or(name),
                 "timeout" => timeout = self.duration(&entry).unwrap_or(timeout),
-                "silence" => silence = self.duration(&entry),
+                "silence" => silence = self.silence(&entry).unwrap_or(silence),
                 "machine" => machine = self.table(&entry),
                 "matrix" => matrix = self.table(&entry),
                 "fail" => rules = self.rules(&entry),
@@ -89,13 +98,18 @@ impl Reader<'_> {
             self.wrong(1, "", "there is no [machine]; write one, with kernel = \"FILE\" below it");
             Vec::new()
         };
+        let silence = match silence {
+            Patience::Off => None,
+            Patience::Said(limit) => Some(Silence { limit, is_said: true }),
+            Patience::Half => Some(Silence { limit: timeout / 2, is_said: false }),
+        };
         let steps = if let Some(entry) = &steps {
-            self.steps(entry, cells.first().map(|cell| &cell.machine))
+            self.steps(entry, cells.first().map(|cell| &cell.machine), silence)
         } else {
             self.wrong(1, "", "there is no [[step]]; write one, such as wait = \"login:\" below it");
             Vec::new()
         };
-        Scenario { name, file, timeout, silence, cells, rules, steps }
+        Scenario { name, file, timeout, cells, rules, steps }
     }
 
     /// `[machine]`: the keys of `skiff run --config`, but the console is the runner's.
@@ -205,6 +219,13 @@ impl Reader<'_> {
             Some(time) if !time.is_zero() => Some(time),
             Some(_) => self.none(entry, "no time at all; write it like \"30s\""),
             None => self.none(entry, "not a time; write it like \"500ms\", \"30s\" or \"5m\""),
+        }
+    }
+
+    fn silence(&mut self, entry: &Entry<'_>) -> Option<Patience> {
+        match entry.value {
+            DeValue::String(text) if text == "off" => Some(Patience::Off),
+            _ => self.duration(entry).map(Patience::Said),
         }
     }
 

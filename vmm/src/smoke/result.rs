@@ -61,6 +61,26 @@ pub struct Outcome {
     pub kept: Option<PathBuf>,
 }
 
+impl Outcome {
+    /// One of which nothing more is known.
+    pub(super) fn new(test: TestId, verdict: Verdict) -> Self {
+        Self {
+            test,
+            verdict,
+            failure: None,
+            began: Duration::ZERO,
+            took: Duration::ZERO,
+            steps: Vec::new(),
+            warnings: Vec::new(),
+            measures: Vec::new(),
+            console: Transcript::default(),
+            messages: String::new(),
+            end: None,
+            kept: None,
+        }
+    }
+}
+
 /// How a test went.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Verdict {
@@ -244,20 +264,8 @@ mod tests {
     use super::*;
 
     fn outcome(scenario: &str, repetition: u32, verdict: Verdict) -> Outcome {
-        Outcome {
-            test: TestId { scenario: scenario.into(), file: "a.toml".into(), cell: Vec::new(), repetition },
-            verdict,
-            failure: None,
-            began: Duration::ZERO,
-            took: Duration::ZERO,
-            steps: Vec::new(),
-            warnings: Vec::new(),
-            measures: Vec::new(),
-            console: Transcript::default(),
-            messages: String::new(),
-            end: None,
-            kept: None,
-        }
+        let test = TestId { scenario: scenario.into(), file: "a.toml".into(), cell: Vec::new(), repetition };
+        Outcome::new(test, verdict)
     }
 
     fn run(outcomes: Vec<Outcome>) -> Run {

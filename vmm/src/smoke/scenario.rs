@@ -16,8 +16,6 @@ pub struct Scenario {
     pub file: PathBuf,
     /// From the start of a machine to its last step; it is killed then.
     pub timeout: Duration,
-    /// The console may say nothing for so long.
-    pub silence: Option<Duration>,
     /// The machines: one, or one for each cell of the matrix.
     pub cells: Vec<Cell>,
     pub(super) rules: Rules,
@@ -43,7 +41,17 @@ pub(super) struct Step {
     pub(super) action: Action,
     /// Its own limit; it never outlasts that of the scenario.
     pub(super) timeout: Option<Duration>,
+    /// How long the console may say nothing meanwhile; `None`: as long as it likes.
+    pub(super) silence: Option<Silence>,
     pub(super) measure: Option<Measuring>,
+}
+
+/// How long a console may say nothing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Silence {
+    pub(super) limit: Duration,
+    /// By the scenario; else it is half of its time.
+    pub(super) is_said: bool,
 }
 
 /// A time to take when a step is passed.
@@ -76,9 +84,10 @@ pub(super) enum Action {
         path: PathBuf,
         content: Content,
     },
-    /// A disk, after the end: its position in the machine.
+    /// A disk, after the end: its position in the machine; the filesystem in this partition, or the only one there is.
     CheckDisk {
         disk: usize,
+        partition: Option<u32>,
         check: DiskCheck,
     },
 }

@@ -1,5 +1,5 @@
 //! docs/smoke.schema.json against what is really read: the same keys, the same verdict about the examples and about
-//! scenarios that are wrong. The validator is Python's.
+//! scenarios that are wrong. docs/smoke-results.schema.json against what is really written. The validator is Python's.
 
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -8,6 +8,7 @@ use std::process::{Command, Stdio};
 use serde_json::{Value, json};
 
 use super::Scenario;
+use super::report::{Format, sample};
 use super::trouble::KINDS;
 use crate::config::{DISK_KEYS, KEYS, MEMORY_KEYS, NET_KEYS};
 
@@ -16,12 +17,16 @@ fn repository() -> PathBuf {
 }
 
 fn schema() -> Value {
-    let text = std::fs::read_to_string(repository().join("docs/smoke.schema.json")).unwrap();
+    read_schema("smoke.schema.json")
+}
+
+fn read_schema(name: &str) -> Value {
+    let text = std::fs::read_to_string(repository().join("docs").join(name)).unwrap();
     serde_json::from_str(&text).unwrap()
 }
 
-/// Whether each document keeps to the schema, and the complaint if not; `None` where the validator is missing.
-fn validate(documents: &[&str]) -> Option<Vec<Option<String>>> {
+/// Whether each document, in TOML or JSON, keeps to the schema, and the complaint if not; `None` where the validator is missing.
+fn validate(schema: &Value, documents: &[&str]) -> Option<Vec<Option<String>>> {
     const CHECK: &str = "
 import json, sys
 try: import jsonschema, tomllib
@@ -30,14 +35,14 @@ asked = json.load(sys.stdin)
 jsonschema.Draft202012Validator.check_schema(asked['schema'])
 validator = jsonschema.Draft202012Validator(asked['schema'])
 def complaint(text):
-    try: best = jsonschema.exceptions.best_match(validator.iter_errors(tomllib.loads(text)))
+    try: best = jsonschema.exceptions.best_match(validator.iter_errors(json.loads(text) if text.startswith('{') else tomllib.loads(text)))
     except tomllib.TOMLDecodeError as error: return str(error)
     return best and best.message
 print(json.dumps([complaint(text) for text in asked['documents']]))";
     let ask = || {
         let mut python = Command::new("python3");
         let mut python = python.args(["-c", CHECK]).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().ok()?;
-        let asked = json!({"schema": schema(), "documents": documents}).to_string();
+        let asked = json!({"schema": schema, "documents": documents}).to_string();
         python.stdin.take()?.write_all(asked.as_bytes()).ok()?;
         serde_json::from_slice(&python.wait_with_output().ok()?.stdout).ok()
     };
@@ -96,7 +101,7 @@ fn the_examples_are_scenarios() {
         texts.push(text);
     }
     assert!(texts.len() >= 4, "{}", texts.len());
-    let Some(answers) = validate(&texts.iter().map(String::as_str).collect::<Vec<_>>()) else { return };
+    let Some(answers) = validate(&schema(), &texts.iter().map(String::as_str).collect::<Vec<_>>()) else { return };
     assert!(answers.iter().all(Option::is_none), "{answers:?}");
 }
 
@@ -113,7 +118,8 @@ fn the_schema_and_the_reader_agree() {
         "[[step]]\npower-button = true\n[[step]]\nexpect = 'poweroff'\ntimeout = '30s'\n[[step]]\ncheck-disk = 'disk0'",
         "[[step]]\nexit-code = 33\n[[step]]\ncheck-file = 'out'\nabsent = true\n[[step]]\ncheck-file = 'out'",
         "[[step]]\nexpect = 'panic'\n[[step]]\ncheck-disk = 'disk0'\nfile = '/etc/x'\ncontent = \"a\\nb\"",
-        "[[step]]\nexpect = 'triple-fault'\n[[step]]\ncheck-disk = 'disk0'\nclean = true",
+        "[[step]]\nexpect = 'triple-fault'\n[[step]]\ncheck-disk = 'disk0'\nclean = true\npartition = 128",
+        "silence = 'off'\n[[step]]\nwait = 'x'",
         "[matrix]\ncpus = [1, 2]\naio = ['threads', 'auto']\ncache = ['none']\nmemory = ['64M']\n\
          exclude = [{ cpus = 1, aio = 'auto' }]\n[[step]]\nwait = 'x'",
         "machine.net = [{ passt = true, forward = 'tcp:2222:22' }, { tap = 'tap0', vhost = 'auto' }]\n[[step]]\nwait = 'x'",
@@ -151,6 +157,10 @@ fn the_schema_and_the_reader_agree() {
         "[[step]]\nexpect = 'poweroff'\n[[step]]\ncheck-disk = 'disk0'\ncontains = 'a'",
         "[[step]]\nexpect = 'poweroff'\n[[step]]\ncheck-disk = 'disk0'\nclean = true\nfile = '/a'",
         "[[step]]\nexpect = 'poweroff'\n[[step]]\ncheck-disk = 'disk0'\nfile = 'a'",
+        "[[step]]\nexpect = 'poweroff'\n[[step]]\ncheck-disk = 'disk0'\npartition = 0",
+        "[[step]]\nexpect = 'poweroff'\n[[step]]\ncheck-disk = 'disk0'\npartition = '1'",
+        "[[step]]\nexpect = 'poweroff'\n[[step]]\ncheck-disk = 'disk0'\npartition = 129",
+        "silence = 'on'\n[[step]]\nwait = 'a'",
         "nam = 'a'\n[[step]]\nwait = 'a'",
         "name = 'a/b'\n[[step]]\nwait = 'a'",
         "machine.serial = 'pty'\n[[step]]\nwait = 'a'",
@@ -181,8 +191,25 @@ fn the_schema_and_the_reader_agree() {
         assert!(Scenario::parse(&file, text).is_err(), "{text}");
     }
     let all: Vec<&str> = good.iter().chain(&bad).map(String::as_str).collect();
-    let Some(answers) = validate(&all) else { return };
+    let Some(answers) = validate(&schema(), &all) else { return };
     for (at, (text, answer)) in all.iter().zip(answers).enumerate() {
         assert_eq!(answer.is_none(), at < good.len(), "{text}: {answer:?}");
+    }
+}
+
+#[test]
+fn results_keep_to_their_schema() {
+    let runs = [sample::run(), sample::passed(), sample::hostile()].map(|run| Format::Json.write(&run));
+    let [run, ..] = &runs;
+    // A schema that takes everything says nothing.
+    let wrong = [("\"verdict\"", "\"result\""), ("\"failed\"", "\"broken\""), ("\"at\": ", "\"at\": -")];
+    let wrong = wrong.map(|(one, other)| {
+        assert!(run.contains(one), "{run}");
+        run.replacen(one, other, 1)
+    });
+    let all: Vec<&str> = runs.iter().chain(&wrong).map(String::as_str).collect();
+    let Some(answers) = validate(&read_schema("smoke-results.schema.json"), &all) else { return };
+    for (at, answer) in answers.iter().enumerate() {
+        assert_eq!(answer.is_none(), at < runs.len(), "{}: {answer:?}", all[at]);
     }
 }

@@ -9,19 +9,13 @@ use std::process::{Command, Stdio};
 
 use anyhow::{anyhow, bail};
 
-use super::read;
-
-const SECTOR: u64 = 512;
-/// Bytes of a filesystem that are looked at: that of btrfs names itself at 64 KiB.
-const HEAD: usize = 0x10048;
-/// Entries of a partition table that are looked at.
-const PARTITIONS: usize = 128;
+use crate::smoke::partitions::{Layout, head, is_ext};
 
 /// What was found on a disk.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Image {
     /// The number of the partition with the root filesystem; `None`: it is the whole disk.
-    pub(super) partition: Option<usize>,
+    pub(super) partition: Option<u32>,
     /// Its name, if it is known.
     pub(super) filesystem: Option<&'static str>,
     /// `None` if nobody looked.
@@ -74,11 +68,13 @@ pub(super) fn look(path: &Path) -> anyhow::Result<Image> {
     if let Some((_, what, remedy)) = NOT_RAW.iter().find(|(magic, ..)| head.starts_with(magic)) {
         bail!("{shown}: this is {what}; {remedy}");
     }
-    let whole = filesystem(&head).map(|name| (None, 0, name));
-    let found = whole.or_else(|| partitions(&file, &head));
+    let layout = Layout::of(&file);
+    let largest = layout.partitions.iter().filter(|it| it.filesystem.is_some_and(|name| name != "swap"));
+    let largest = largest.max_by_key(|it| it.size).and_then(|it| Some((Some(it.number), it.begin, it.filesystem?)));
+    let found = layout.whole.map(|name| (None, 0, name)).or(largest);
     let (mut inside, mut no_debugfs) = (None, false);
     if let Some((_, offset, name)) = found
-        && name.starts_with("ext")
+        && is_ext(name)
     {
         match look_inside(path, offset) {
             Ok(seen) => inside = seen,
@@ -87,79 +83,6 @@ pub(super) fn look(path: &Path) -> anyhow::Result<Image> {
     }
     let (partition, filesystem) = found.map_or((None, None), |(partition, _, name)| (partition, Some(name)));
     Ok(Image { partition, filesystem, inside, no_debugfs })
-}
-
-fn head(file: &File, at: u64) -> Vec<u8> {
-    let mut head = vec![0; HEAD];
-    let length = read(file, &mut head, at).unwrap_or(0);
-    head.truncate(length);
-    head
-}
-
-/// The name of the filesystem that begins with `head`.
-fn filesystem(head: &[u8]) -> Option<&'static str> {
-    let at = |at: usize, magic: &[u8]| head.get(at..at + magic.len()) == Some(magic);
-    if at(0x438, b"\x53\xef") {
-        // The feature words of the superblock at 1024: compatible at 0x5c, incompatible at 0x60.
-        let (journal, extents) = (head.get(0x45c)? & 4 != 0, head.get(0x460)? & 0x40 != 0);
-        return Some(if extents {
-            "ext4"
-        } else if journal {
-            "ext3"
-        } else {
-            "ext2"
-        });
-    }
-    let others: [(usize, &[u8], &'static str); 5] = [
-        (0, b"XFSB", "xfs"),
-        (0x10040, b"_BHRfS_M", "btrfs"),
-        (0, b"hsqs", "squashfs"),
-        (1024, b"\xe2\xe1\xf5\xe0", "erofs"),
-        (1024, b"\x10\x20\xf5\xf2", "f2fs"),
-    ];
-    others.into_iter().find(|(offset, magic, _)| at(*offset, magic)).map(|found| found.2)
-}
-
-/// The largest partition with a filesystem that is known: its number, where it begins, and the filesystem.
-fn partitions(file: &File, head: &[u8]) -> Option<(Option<usize>, u64, &'static str)> {
-    if head.get(510..512)? != b"\x55\xaa" {
-        return None;
-    }
-    let all = if head.get(512..520)? == b"EFI PART" { gpt(file, head) } else { mbr(head) };
-    let known = all.into_iter().filter_map(|(number, start, sectors)| {
-        let offset = start.checked_mul(SECTOR)?;
-        Some((sectors, (Some(number), offset, filesystem(&self::head(file, offset))?)))
-    });
-    known.max_by_key(|(sectors, _)| *sectors).map(|(_, found)| found)
-}
-
-/// Number, first sector and sectors of each primary partition.
-fn mbr(head: &[u8]) -> Vec<(usize, u64, u64)> {
-    let entries = head[446..510].chunks(16).zip(1..);
-    let used = entries.filter(|(entry, _)| entry[4] != 0);
-    used.map(|(entry, number)| (number, little(&entry[8..12]), little(&entry[12..16]))).collect()
-}
-
-/// The same of a GPT (UEFI 2.10, 5.3).
-fn gpt(file: &File, head: &[u8]) -> Vec<(usize, u64, u64)> {
-    let field = |at: usize, bytes: usize| little(&head[512 + at..512 + at + bytes]);
-    let (table, count, size) = (field(72, 8), field(80, 4), field(84, 4) as usize);
-    if !(128..=4096).contains(&size) {
-        return Vec::new();
-    }
-    let mut entries = vec![0; size * PARTITIONS.min(count as usize)];
-    let length = read(file, &mut entries, table.saturating_mul(SECTOR)).unwrap_or(0);
-    let entries = entries[..length].chunks_exact(size).zip(1..);
-    let used = entries.filter(|(entry, _)| entry[..16].iter().any(|byte| *byte != 0));
-    used.map(|(entry, number)| {
-        let (first, last) = (little(&entry[32..40]), little(&entry[40..48]));
-        (number, first, last.saturating_sub(first))
-    })
-    .collect()
-}
-
-fn little(bytes: &[u8]) -> u64 {
-    bytes.iter().rev().fold(0, |value, byte| value << 8 | u64::from(*byte))
 }
 
 /// Looks into the ext filesystem that begins at `offset`. `Err` if there is no debugfs.
@@ -208,9 +131,9 @@ impl Image {
         self.partition.map_or_else(|| "/dev/vda".to_owned(), |number| format!("/dev/vda{number}"))
     }
 
-    /// Whether e2fsck can check the disk as it is.
-    pub(super) fn is_whole_ext(&self) -> bool {
-        self.partition.is_none() && self.filesystem.is_some_and(|name| name.starts_with("ext"))
+    /// Whether e2fsck can check its root filesystem.
+    pub(super) fn is_ext(&self) -> bool {
+        self.filesystem.is_some_and(is_ext)
     }
 }
 

@@ -5,7 +5,8 @@ use toml::de::{DeTable, DeValue};
 use super::Reader;
 use crate::config::{Entry, OnReboot, VmConfig};
 use crate::smoke::keys;
-use crate::smoke::scenario::{Action, Content, DiskCheck, Ending, Measuring, Step};
+use crate::smoke::partitions::{self, Layout};
+use crate::smoke::scenario::{Action, Content, DiskCheck, Ending, Measuring, Silence, Step};
 use crate::smoke::shell::Shell;
 
 /// What a step can do, and the keys that may stand beside it.
@@ -20,7 +21,7 @@ const ACTIONS: [(&str, &[&str]); 11] = [
     ("expect", TIMED),
     ("exit-code", TIMED),
     ("check-file", &["content", "contains", "matches", "absent"]),
-    ("check-disk", &["clean", "file", "content", "contains", "matches", "absent"]),
+    ("check-disk", &["partition", "clean", "file", "content", "contains", "matches", "absent"]),
 ];
 
 const TIMED: &[&str] = &["timeout", "measure", "max", "since"];
@@ -42,7 +43,13 @@ type Entries<'t> = Vec<Entry<'t>>;
 
 impl Reader<'_> {
     /// The steps, in an order that is possible. `machine`: the first of the scenario, if there is one.
-    pub(super) fn steps(&mut self, entry: &Entry<'_>, machine: Option<&VmConfig>) -> Vec<Step> {
+    /// `silence`: what the console may do while a step waits.
+    pub(super) fn steps(
+        &mut self,
+        entry: &Entry<'_>,
+        machine: Option<&VmConfig>,
+        silence: Option<Silence>,
+    ) -> Vec<Step> {
         let tables = match entry.value {
             DeValue::Array(tables) if !tables.is_empty() => tables,
             _ => {
@@ -59,7 +66,12 @@ impl Reader<'_> {
                 DeValue::Table(table) => self.step(line, table, machine),
                 _ => self.none(entry, "steps are tables; write [[step]]"),
             };
-            let Some(step) = step else { continue };
+            let Some(mut step) = step else { continue };
+            // A step that says how long it may take may take it in silence.
+            step.silence = silence.filter(|silence| silence.is_said || step.timeout.is_none());
+            if matches!(step.action, Action::Pause(_)) {
+                step.silence = None;
+            }
             match ended {
                 Some(end) if step.action.needs_machine() => {
                     let what =
@@ -109,7 +121,7 @@ impl Reader<'_> {
         let measure = self.measure(&entries, first.key == "run");
         let (action, title) = self.action(first, &entries, machine)?;
         let place = format!("{}:{}", self.source.path.display(), first.line);
-        (errors == self.errors.len()).then_some(Step { place, title, action, timeout, measure })
+        (errors == self.errors.len()).then_some(Step { place, title, action, timeout, silence: None, measure })
     }
 
     fn action(&mut self, entry: &Entry<'_>, all: &Entries<'_>, machine: Option<&VmConfig>) -> Option<(Action, String)> {
@@ -258,11 +270,28 @@ impl Reader<'_> {
             }
             (None, _) => DiskCheck::Clean,
         };
-        let title = match &check {
-            DiskCheck::Clean => format!("check the filesystem of {id}"),
-            DiskCheck::File { path, .. } => format!("check {path} on {id}"),
+        let partition = match find(all, "partition") {
+            Some(entry) => match self.number(entry, partitions::MOST)? {
+                0 => return self.none(entry, "partitions are counted from 1"),
+                number => Some(number),
+            },
+            None => None,
         };
-        Some((Action::CheckDisk { disk, check }, title))
+        // Later it is too late to say so: which one is meant cannot be seen.
+        if let Ok(file) = std::fs::File::open(&machine.disks[disk].path)
+            && let layout = Layout::of(&file)
+            && partition.is_none()
+            && layout.is_ambiguous()
+            && let Err(what) = layout.ext(None)
+        {
+            return self.none(entry, format!("{id} {what}"));
+        }
+        let on = partition.map_or_else(|| id.clone(), |number| format!("partition {number} of {id}"));
+        let title = match &check {
+            DiskCheck::Clean => format!("check the filesystem of {on}"),
+            DiskCheck::File { path, .. } => format!("check {path} on {on}"),
+        };
+        Some((Action::CheckDisk { disk, partition, check }, title))
     }
 
     /// debugfs gets it as a word of its command language.

@@ -32,7 +32,7 @@ fn ten_lines_are_enough() {
     let scenario =
         read("[machine]\nkernel = 'vmlinuz'\n[[machine.disk]]\npath = 'root.img'\n[[step]]\nwait = 'login: '\n");
     let scenario = scenario.unwrap();
-    assert_eq!((&*scenario.name, scenario.timeout, scenario.silence), ("a", TIMEOUT, None));
+    assert_eq!((&*scenario.name, scenario.timeout), ("a", TIMEOUT));
     assert_eq!((scenario.cells.len(), scenario.cells[0].keys.len()), (1, 0));
     assert!(scenario.cells[0].machine.kernel.is_absolute());
     let step = &scenario.steps[0];
@@ -95,7 +95,51 @@ fn every_step() {
     assert!(matches!(scenario.steps[7].action, Action::Expect(Ending::Code(33))));
     assert!(matches!(scenario.steps[9].action, Action::CheckDisk { disk: 1, .. }));
     assert!(scenario.checks_disk(0) && scenario.checks_disk(1) && !scenario.checks_disk(2));
-    assert_eq!(scenario.silence, Some(Duration::from_millis(1500)));
+    let silence = Some(Silence { limit: Duration::from_millis(1500), is_said: true });
+    let silences: Vec<_> = scenario.steps.iter().map(|step| step.silence).collect();
+    // Nobody waits for a console that is paused.
+    assert_eq!((silences[0], silences[1], silences[4], silences[6]), (silence, silence, None, silence));
+}
+
+#[test]
+fn silence_has_a_limit_if_nothing_is_said() {
+    let silences = |text: &str| {
+        let steps = "[[step]]\nwait = 'x'\n[[step]]\nwait = 'x'\ntimeout = '9s'\n";
+        let scenario = read(&format!("{text}\nmachine = {{ kernel = 'vmlinuz' }}\n{steps}")).unwrap();
+        scenario.steps.iter().map(|step| step.silence.map(|it| (it.limit.as_secs(), it.is_said))).collect::<Vec<_>>()
+    };
+    assert_eq!(silences(""), [Some((60, false)), None]);
+    assert_eq!(silences("timeout = '10m'"), [Some((300, false)), None]);
+    assert_eq!(silences("silence = '5s'"), [Some((5, true)); 2]);
+    assert_eq!(silences("silence = 'off'"), [None; 2]);
+    assert_eq!(errors("silence = 'no'\n[[step]]\nwait = 'x'").len(), 1);
+}
+
+/// Which of two filesystems a step means cannot be seen, and is asked before anything starts.
+#[test]
+fn a_disk_with_two_filesystems() {
+    let folder = folder();
+    let path = folder.path().join("root.img");
+    let script = "truncate -s 16M \"$0\" && printf 'label: gpt\\nsize=4MiB\\nsize=4MiB\\n' | sfdisk -q \"$0\" && \
+                  for at in 1 5; do mke2fs -qF -t ext4 -E offset=$((at << 20)) \"$0\" 4M || exit; done";
+    let mut shell = std::process::Command::new("sh");
+    let made = shell.args(["-c", script]).arg(&path).env("PATH", "/usr/sbin:/sbin:/usr/bin:/bin").output().unwrap();
+    if made.status.code() == Some(127) {
+        println!("SKIPPED skiff::smoke::parse::a_disk_with_two_filesystems: no sfdisk or mke2fs");
+        return;
+    }
+    let parse = |step: &str| {
+        let text = format!(
+            "machine = {{ kernel = 'vmlinuz', disk = [{{ path = 'root.img' }}] }}\n[[step]]\nexpect = 'poweroff'\n\
+             [[step]]\ncheck-disk = 'disk0'\n{step}"
+        );
+        Scenario::parse(&folder.path().join("a.toml"), &text)
+    };
+    let errors = parse("").unwrap_err();
+    let expected = "a.toml:5: check-disk: disk0 has an ext filesystem in several partitions (1: ext4, 2: ext4); write partition = 1";
+    assert!(errors.len() == 1 && errors[0].to_string().ends_with(expected), "{errors:?}");
+    assert_eq!(parse("partition = 2").unwrap().steps[1].title, "check the filesystem of partition 2 of disk0");
+    assert!(parse("partition = 0").unwrap_err()[0].to_string().ends_with("partition: partitions are counted from 1"));
 }
 
 #[test]

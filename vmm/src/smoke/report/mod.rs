@@ -7,7 +7,7 @@ mod json;
 mod junit;
 mod progress;
 #[cfg(test)]
-mod sample;
+pub(super) mod sample;
 mod summary;
 mod tap;
 mod text;

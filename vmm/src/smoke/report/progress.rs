@@ -76,18 +76,7 @@ struct Running {
 impl Progress {
     /// Writes to `out`; with `size` that is a terminal.
     fn new(out: Box<dyn Write + Send>, size: Option<Size>, colours: bool) -> io::Result<Self> {
-        let state = State {
-            is_terminal: size.is_some(),
-            paint: Paint(colours),
-            lines: Vec::new(),
-            running: Vec::new(),
-            total: 0,
-            done: 0,
-            bad: 0,
-            stopping: false,
-            news: News::None,
-            begun: Instant::now(),
-        };
+        let state = State::new(size.is_some(), Paint(colours));
         let shared = Arc::new(Shared { state: Mutex::new(state), changed: Condvar::new() });
         let ours = shared.clone();
         let thread = thread::Builder::new().name("progress".into()).spawn(move || ours.write(out, size))?;
@@ -170,6 +159,22 @@ impl Shared {
 }
 
 impl State {
+    /// Before anything happened.
+    fn new(is_terminal: bool, paint: Paint) -> Self {
+        Self {
+            is_terminal,
+            paint,
+            lines: Vec::new(),
+            running: Vec::new(),
+            total: 0,
+            done: 0,
+            bad: 0,
+            stopping: false,
+            news: News::None,
+            begun: Instant::now(),
+        }
+    }
+
     fn event(&mut self, event: Event<'_>) {
         match event {
             Event::Planned { tests, jobs } => {
@@ -290,18 +295,7 @@ mod tests {
     use crate::smoke::report::sample;
 
     fn state(is_terminal: bool) -> State {
-        State {
-            is_terminal,
-            paint: Paint(false),
-            lines: Vec::new(),
-            running: Vec::new(),
-            total: 0,
-            done: 0,
-            bad: 0,
-            stopping: false,
-            news: News::None,
-            begun: Instant::now(),
-        }
+        State::new(is_terminal, Paint(false))
     }
 
     /// Both machines of the matrix run, and the first has said something.

@@ -28,20 +28,8 @@ fn console(chunks: &[(u64, &[u8])]) -> Transcript {
 fn outcome(scenario: &str, cell: &[(&str, &str)], repetition: u32, verdict: Verdict, took: u64) -> Outcome {
     let cell = cell.iter().map(|(key, value)| ((*key).into(), (*value).into())).collect();
     let file = if scenario == "boot" { "boot.toml" } else { "dir/panic.toml" };
-    Outcome {
-        test: TestId { scenario: scenario.into(), file: file.into(), cell, repetition },
-        verdict,
-        failure: None,
-        began: ms(0),
-        took: ms(took),
-        steps: Vec::new(),
-        warnings: Vec::new(),
-        measures: Vec::new(),
-        console: Transcript::default(),
-        messages: String::new(),
-        end: None,
-        kept: None,
-    }
+    let test = TestId { scenario: scenario.into(), file: file.into(), cell, repetition };
+    Outcome { took: ms(took), ..Outcome::new(test, verdict) }
 }
 
 fn failure(summary: &str) -> Failure {
@@ -112,7 +100,7 @@ fn run_of(outcomes: Vec<Outcome>) -> Run {
 }
 
 /// A run with each verdict, a matrix and repetitions, from 2026-11-20 20:00:00 UTC on.
-pub(super) fn run() -> Run {
+pub(in crate::smoke) fn run() -> Run {
     let broken = Outcome {
         failure: Some(failure("/dev/kvm: permission denied")),
         ..outcome("panic & co", &[], 2, Verdict::Error, 5)
@@ -123,12 +111,12 @@ pub(super) fn run() -> Run {
 }
 
 /// Nothing went wrong.
-pub(super) fn passed() -> Run {
+pub(in crate::smoke) fn passed() -> Run {
     run_of(vec![boots()])
 }
 
 /// What is markup, control or reference somewhere, in everything that the guest or the scenario may write; interrupted.
-pub(super) fn hostile() -> Run {
+pub(in crate::smoke) fn hostile() -> Run {
     let evil: &[u8] = b"</system-out><script>alert('x')</script> & ]]> <![CDATA[ &#0; \"'\r\n\
         \0\x01bell\x07 \xff\xfe\xc3 \xef\xbf\xbf \x1b]0;title\x07\x1b[31mred\x1b[0m\r\n\
         [[ATTACHMENT|/etc/passwd]]\r\n...\r\n  ---\r\nok 1 - lies\r\nBail out!\r\n";

@@ -29,7 +29,7 @@ fn play_with(scenario: &str, script: &str, stop: &AtomicBool, notes: &Notes) -> 
     std::fs::write(folder.path().join("k"), "").unwrap();
     let whole = format!("machine.kernel = 'k'\n{scenario}");
     let scenario = Scenario::parse(&folder.path().join("a.toml"), &whole).unwrap_or_else(|errors| panic!("{errors:?}"));
-    let prepared = Prepared::new(&scenario, &scenario.cells[0], false).unwrap();
+    let prepared = Prepared::new(&scenario, &scenario.cells[0], false, stop).unwrap();
     let test = TestId { scenario: "a".into(), file: "a.toml".into(), cell: Vec::new(), repetition: 0 };
     let surroundings = Surroundings { observer: notes, stop, began: Instant::now() };
     let mut command = Command::new("bash");
@@ -98,15 +98,24 @@ fn what_a_step_waits_for_in_vain() {
     assert_eq!((last, failed.quotes.len()), (vec![(1, "one"), (2, "two")], 0));
 
     let failed = failure("timeout = '200ms'\n[[step]]\nwait = 'x'\ntimeout = '1m'\n", "sleep 100");
-    assert!(failed.summary.starts_with("no \"x\" within "));
+    assert!(failed.summary.starts_with("no \"x\" within the scenario's 200 ms"), "{}", failed.summary);
     let failed = failure("[[step]]\nwait = 'x'\n", POWERED_OFF);
     assert_eq!(failed.summary, "the guest powered off (step: wait for \"x\")");
     let failed = failure("[[step]]\nexpect = 'poweroff'\ntimeout = '50ms'\n", "sleep 100");
-    assert_eq!(failed.summary, "no poweroff within 50 ms");
+    assert!(failed.summary.starts_with("no poweroff within 50 ms"), "{}", failed.summary);
     let failed = failure("[[step]]\nexpect = 'reboot'\n", POWERED_OFF);
     assert_eq!(failed.summary, "the guest powered off (step: expect reboot)");
     let failed = failure("silence = '200ms'\n[[step]]\nwait = 'x'\n", "echo last; sleep 100");
     assert_eq!(failed.summary, "the console was silent for 200 ms (step: wait for \"x\")");
+    // Nobody asked for it.
+    let failed = failure("timeout = '1s'\n[[step]]\nwait = 'x'\n", "echo last; sleep 100");
+    let half = "the console was silent for 500 ms, half of the scenario's timeout (step: wait for \"x\")";
+    assert_eq!(failed.summary, half);
+    let failed = failure("timeout = '1s'\nsilence = 'off'\n[[step]]\nwait = 'x'\n", "echo last; sleep 100");
+    assert_eq!(failed.summary, "no \"x\" within the scenario's 1 s");
+    let failed = failure("[[step]]\nwait = 'x'\ntimeout = '200ms'\n", "sleep 100");
+    let unheard = "no \"x\" within 200 ms; nothing ever came from the machine, whose cmdline has no console=ttyS0";
+    assert_eq!(failed.summary, unheard);
 }
 
 #[test]
@@ -141,7 +150,7 @@ fn trouble_nobody_asked_about() {
 
     // In the same breath as what the last step waits for.
     let failed = failure(wait, &said("login: \nKernel panic - not syncing: late\n"));
-    assert_eq!(failed.summary, "kernel panic");
+    assert_eq!(failed.summary, "kernel panic after the last step");
     // At once and one after the other, it is the step that waited then.
     let warning = "WARNING: CPU: 0 PID: 1 at a.c:1 f\nlogin: \n";
     assert_eq!(failure(wait, &said(warning)).summary, "kernel warning (step: wait for \"login: \")");
@@ -185,7 +194,7 @@ fn trouble_right_after_the_last_step() {
     let ends = |message: &str, code: u8| format!("{ready} echo 'skiff: {message}; exit code {code}' >&2; exit {code}");
     assert_eq!(
         failure(wait, &ends("warning: triple fault", 6)).summary,
-        "triple fault (exit code 6) (step: none, all were passed)"
+        "triple fault (exit code 6) after the last step"
     );
     assert!(
         failure(wait, &ends("warning: the guest kernel panicked", 4)).summary.starts_with("the guest kernel panicked")
