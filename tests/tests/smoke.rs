@@ -7,7 +7,7 @@ use std::process::{Command, Output, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use serde_json::Value;
+use serde_json::{Value, json};
 use tempfile::TempDir;
 use tests::assets;
 
@@ -27,9 +27,13 @@ impl Scenarios {
 
     /// Adds one whose guest gets `cmdline`.
     fn with(self, name: &str, cmdline: &str, rest: &str) -> Self {
+        self.with_timeout("100s", name, cmdline, rest)
+    }
+
+    fn with_timeout(self, timeout: &str, name: &str, cmdline: &str, rest: &str) -> Self {
         let kernel = guest::PATH;
         let machine = format!("kernel = '{kernel}'\ncmdline = '{cmdline}'\nmemory = '64M'\ndebug-exit = true\n");
-        self.with_text(name, &format!("timeout = '100s'\n[machine]\n{machine}{rest}"))
+        self.with_text(name, &format!("timeout = '{timeout}'\n[machine]\n{machine}{rest}"))
     }
 
     fn with_text(mut self, name: &str, text: &str) -> Self {
@@ -100,15 +104,18 @@ fn a_guest_that_panics_hangs_loops_or_ends() {
         .with("panics", "test=none end=panic", wait)
         .with("hangs", "test=none end=hang", &format!("{wait}timeout = '2s'\n"))
         .with("loops", "test=none end=reset", wait)
-        .with("ends", "test=none end=poweroff", wait);
+        .with("ends", "test=none end=poweroff", wait)
+        // Nothing is said about how long it may be silent: half of its time.
+        .with_timeout("12s", "silent", "test=none end=hang", wait);
     let (code, results) = scenarios.run(&[]);
-    assert_eq!((verdicts(&results), code), (vec!["failed"; 4], 1));
+    assert_eq!((verdicts(&results), code), (vec!["failed"; 5], 1));
     let summaries: Vec<_> = tests_of(&results).iter().map(summary).collect();
     let expected = [
         "the guest kernel panicked (exit code 4) (step: wait for \"login: \")",
         "no \"login: \" within 2 s",
         "the guest reset the machine (step: wait for \"login: \")",
         "the guest powered off (step: wait for \"login: \")",
+        "the console was silent for 6 s, half of the scenario's timeout (step: wait for \"login: \")",
     ];
     assert_eq!(summaries, expected);
 }
@@ -125,16 +132,21 @@ fn a_host_that_cannot_is_3_and_a_failure_beside_it_1() {
 
 #[test]
 fn mistakes_are_told_at_once_and_nothing_starts() {
+    let disk = "disk = [{ path = '/dev/null' }]";
+    let matrix =
+        format!("[machine]\nkernel = '/dev/null'\n{disk}\n[matrix]\naio = ['native']\ncache = ['writeback']\n");
     let scenarios = Scenarios::new()
         .with_text("a", "[machine]\nkernel = 'gone'\n[[step]]\nwait-regex = '('\n")
-        .with_text("b", "[machine]\nkernel = '/dev/null'\n[[step]]\nexpct = 'x'\n");
+        .with_text("b", "[machine]\nkernel = '/dev/null'\n[[step]]\nexpct = 'x'\n")
+        .with_text("c", &format!("{matrix}[[step]]\nwait = 'x'\n"))
+        .with_text("d", "[machine]\nkernel = '/dev/null'\n[[step]]\nwait = \n");
     let output = scenarios.command(&[]).output().unwrap();
     assert_eq!((output.status.code(), output.stdout.len()), (Some(2), 0));
     let said = said(&output);
     let folder = format!("skiff: {}/", scenarios.folder.path().display());
     let places: Vec<_> =
         said.lines().map(|line| line.trim_start_matches(&folder).split(": ").next().unwrap()).collect();
-    assert_eq!(places, ["a.toml:2", "a.toml:4", "b.toml:4"], "{said}");
+    assert_eq!(places, ["a.toml:2", "a.toml:4", "b.toml:4", "c.toml:4", "d.toml:4"], "{said}");
     let wrong = Scenarios::new().with("a", "test=none", "[[step]]\nexit-code = 33\n");
     for flags in [
         &["--filter", "b"][..],
@@ -157,6 +169,43 @@ fn names_filters_and_repetitions() {
     let (code, results) = scenarios.run(&["--filter", "cpus=2", "--filter", "two", "--repeat", "3"]);
     assert_eq!(code, 1);
     assert_eq!(verdicts(&results), ["passed", "passed", "passed", "failed", "failed", "failed"]);
+    let rate = |name: &str, failed: usize| json!({"name": name, "runs": 3, "failed": failed});
+    assert_eq!(results["flakes"], json!([rate("one [cpus=2]", 0), rate("two", 3)]));
+}
+
+/// Each machine runs on the engine and the cache mode of its cell: skiff's own messages say on what a disk runs.
+#[test]
+fn a_matrix_of_engines_and_cache_modes() {
+    let folder = TempDir::new_in(assets::target()).unwrap();
+    let disk = assets::blank_image(folder.path(), "disk.img", 4 << 20);
+    let rest = format!(
+        "disk = [{{ path = '{}' }}]\n[matrix]\naio = ['threads', 'native', 'io_uring']\ncache = ['none', 'writeback']\n\
+         cpus = [1, 2]\nexclude = [{{ aio = 'native', cache = 'writeback' }}]\n[[step]]\nexit-code = 33\n",
+        disk.display()
+    );
+    let (code, results) = Scenarios::new().with("disks", "test=blk", &rest).run(&[]);
+    assert_eq!((verdicts(&results), code), (vec!["passed"; 10], 0), "{results:#}");
+    for test in tests_of(&results) {
+        let (cell, messages) = (&test["cell"], test["messages"].as_str().unwrap());
+        for key in ["aio", "cache"] {
+            let words = format!("{key}={}", cell[key].as_str().unwrap());
+            assert!(messages.contains(&words), "{words}: {messages}");
+        }
+    }
+    assert!(fs::read(disk).unwrap().iter().all(|byte| *byte == 0), "the image is as it was");
+}
+
+#[test]
+fn an_image_is_written_to_only_when_the_scenario_says_so() {
+    let folder = TempDir::new().unwrap();
+    let disk = assets::blank_image(folder.path(), "disk.img", 4 << 20);
+    for (key, is_written) in [("", false), (", snapshot = false", true)] {
+        let rest = format!("disk = [{{ path = '{}'{key} }}]\n[[step]]\nexit-code = 33\n", disk.display());
+        let (code, results) = Scenarios::new().with("writes", "test=blk", &rest).run(&[]);
+        assert_eq!((verdicts(&results), code), (vec!["passed"], 0), "{results:#}");
+        assert_eq!(fs::read(&disk).unwrap().iter().any(|byte| *byte != 0), is_written, "{key}");
+    }
+    assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1, "something is left");
 }
 
 /// At most two machines at a time, by the times of their starts and ends.
