@@ -14,6 +14,9 @@ use tests::assets;
 /// For whatever a busy host delays.
 const PATIENCE: Duration = Duration::from_secs(120);
 
+/// The guest has read and written its disk, and says that a blank one is not what it should read: `(v << 1) | 1`.
+const WROTE: u8 = (guest::FAILED << 1) | 1;
+
 /// A folder of scenarios.
 struct Scenarios {
     folder: TempDir,
@@ -180,7 +183,7 @@ fn a_matrix_of_engines_and_cache_modes() {
     let disk = assets::blank_image(folder.path(), "disk.img", 4 << 20);
     let rest = format!(
         "disk = [{{ path = '{}' }}]\n[matrix]\naio = ['threads', 'native', 'io_uring']\ncache = ['none', 'writeback']\n\
-         cpus = [1, 2]\nexclude = [{{ aio = 'native', cache = 'writeback' }}]\n[[step]]\nexit-code = 33\n",
+         cpus = [1, 2]\nexclude = [{{ aio = 'native', cache = 'writeback' }}]\n[[step]]\nexit-code = {WROTE}\n",
         disk.display()
     );
     let (code, results) = Scenarios::new().with("disks", "test=blk", &rest).run(&[]);
@@ -200,7 +203,7 @@ fn an_image_is_written_to_only_when_the_scenario_says_so() {
     let folder = TempDir::new().unwrap();
     let disk = assets::blank_image(folder.path(), "disk.img", 4 << 20);
     for (key, is_written) in [("", false), (", snapshot = false", true)] {
-        let rest = format!("disk = [{{ path = '{}'{key} }}]\n[[step]]\nexit-code = 33\n", disk.display());
+        let rest = format!("disk = [{{ path = '{}'{key} }}]\n[[step]]\nexit-code = {WROTE}\n", disk.display());
         let (code, results) = Scenarios::new().with("writes", "test=blk", &rest).run(&[]);
         assert_eq!((verdicts(&results), code), (vec!["passed"], 0), "{results:#}");
         assert_eq!(fs::read(&disk).unwrap().iter().any(|byte| *byte != 0), is_written, "{key}");

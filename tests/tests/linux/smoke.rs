@@ -41,7 +41,8 @@ fn initrd() -> String {
 
 /// Sends these lines to the shell of the guest, then waits in vain.
 fn steps(lines: &[&str]) -> String {
-    let sent: String = lines.iter().map(|line| format!("[[step]]\nsend = \"{line}\"\n")).collect();
+    let sent: Vec<_> = lines.iter().map(|line| format!("[[step]]\nsend = \"{line}\"\n")).collect();
+    let sent = sent.concat();
     format!("[[step]]\nwait = 'skiff-guest: ready'\n{sent}[[step]]\nwait = 'login: '\n")
 }
 
@@ -117,10 +118,11 @@ fn every_kind_of_trouble_may_be_a_warning() {
             "filesystem or disk error",
         ),
     ];
-    let rules: String = lines.iter().map(|(kind, ..)| format!("{kind} = 'warn'\n")).collect();
+    let rules: Vec<_> = lines.iter().map(|(kind, ..)| format!("{kind} = 'warn'\n")).collect();
     // KERN_ERR, which "quiet" lets through.
-    let runs: String =
+    let runs: Vec<_> =
         lines.iter().map(|(_, line, _)| format!("[[step]]\nrun = \"echo '<3>{line}' >/dev/kmsg\"\n")).collect();
+    let (rules, runs) = (rules.concat(), runs.concat());
     let rest = format!(
         "[fail]\n{rules}[[step]]\nwait = 'skiff-guest: ready'\n{runs}[[step]]\nsend = 'poweroff -f'\n[[step]]\nexpect = 'poweroff'\n"
     );

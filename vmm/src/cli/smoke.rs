@@ -72,7 +72,7 @@ pub(super) struct SmokeArgs {
     /// The same as JSON (docs/smoke-results.md)
     #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath, help_heading = "Results")]
     json: Option<PathBuf>,
-    /// The same as TAP, version 14
+    /// The same as TAP, version 13
     #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath, help_heading = "Results")]
     tap: Option<PathBuf>,
     /// The same as a page with each console and its steps
@@ -192,5 +192,8 @@ impl SmokeArgs {
 /// Reports tell tests apart by their names.
 fn taken(scenario: &Scenario, other: &Path) -> ConfigError {
     let (file, name) = (scenario.file.display(), &scenario.name);
+    if scenario.file == other {
+        return ConfigError::new(format!("{file}: named twice; name it once, or write --repeat 2"));
+    }
     ConfigError::new(format!("{file}:1: the name {name:?} belongs to {}; write name = \"OTHER\"", other.display()))
 }

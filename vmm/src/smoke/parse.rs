@@ -14,7 +14,7 @@ use toml::de::{DeTable, DeValue};
 use super::pattern::Pattern;
 use super::scenario::{Scenario, Silence};
 use super::trouble::{KINDS, Rules, Weight};
-use crate::config::{ConfigError, Entry, Place, Request, Source, scalar, unknown_key};
+use crate::config::{ConfigError, Entry, KEYS as MACHINE_KEYS, Place, Request, Source, scalar, unknown_key};
 
 const KEYS: [&str; 7] = ["name", "timeout", "silence", "machine", "matrix", "fail", "step"];
 
@@ -88,6 +88,9 @@ impl Reader<'_> {
                 "matrix" => matrix = self.table(&entry),
                 "fail" => rules = self.rules(&entry),
                 "step" => steps = Some(entry),
+                key if MACHINE_KEYS.contains(&key) => {
+                    self.wrong(entry.line, key, "belongs to the machine; write it below [machine]");
+                }
                 key => self.unknown(entry.line, key, &KEYS),
             }
         }
@@ -119,6 +122,9 @@ impl Reader<'_> {
             self.machine_lines.insert(entry.key.to_owned(), entry.line);
             if entry.key == "serial" {
                 self.wrong(entry.line, "serial", "the scenario reads the console itself; leave it out");
+            } else if ["disk", "net"].contains(&entry.key) && !matches!(entry.value, DeValue::Array(_)) {
+                let what = format!("a list of tables; write [[machine.{}]] and its keys below it", entry.key);
+                self.wrong(entry.line, entry.key, what);
             } else if let Err(error) = request.set_entry(&self.source, &entry) {
                 self.errors.push((entry.line, error));
             }

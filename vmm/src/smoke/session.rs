@@ -7,20 +7,19 @@ mod trouble;
 
 use std::collections::VecDeque;
 use std::process::Command;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
-use super::checks::{self, Complaint, Limits};
+use super::checks::Complaint;
 use super::disks::Prepared;
 use super::end::End;
 use super::observer::{Event, Observer};
-use super::pattern::Pattern;
 use super::process::{Heard, Process};
 use super::result::{Failure, Measure, Outcome, StepState, TestId, TimedStep, Verdict, Warning};
 use super::scenario::{Action, Cell, Ending, Scenario, Step};
 use super::shell::Shell;
-use super::trouble::{Trouble, Weight};
-use super::watcher::{BITE, Found, Watcher};
+use super::trouble::Trouble;
+use super::watcher::{BITE, Watcher};
 use crate::vm::RESTART;
 
 /// Between two looks at whether the user wants to stop.

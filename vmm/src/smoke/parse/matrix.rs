@@ -198,7 +198,10 @@ impl Reader<'_> {
         for disk in request.disks.iter().flatten() {
             if let Err(error) = File::open(&disk.path) {
                 let line = self.machine_lines.get("disk").copied().unwrap_or(line);
-                self.errors.push((line, disk.place.error(format_args!("{}: {error}", disk.path.display()))));
+                self.errors.push((
+                    line,
+                    disk.place.error(format_args!("{}: {error}; name an image that can be read", disk.path.display())),
+                ));
             }
         }
     }

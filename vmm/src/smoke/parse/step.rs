@@ -183,10 +183,11 @@ impl Reader<'_> {
             );
             return self.none(entry, what);
         }
+        // Whatever is wrong with one of them, the others are looked at too.
         let status = match find(all, "status") {
-            Some(any) if matches!(any.value, DeValue::String(text) if text == "any") => None,
-            Some(entry) => Some(self.number(entry, 255)? as u8),
-            None => Some(0),
+            Some(any) if matches!(any.value, DeValue::String(text) if text == "any") => Some(None),
+            Some(entry) => self.number(entry, 255).map(|status| Some(status as u8)),
+            None => Some(Some(0)),
         };
         let text = find(all, "output").map(|entry| self.pattern(entry));
         let regex = find(all, "output-regex").map(|entry| (entry, self.regex(entry)));
@@ -195,6 +196,7 @@ impl Reader<'_> {
             (Some(pattern), None) | (None, Some((_, pattern))) => Some(pattern?),
             (None, None) => None,
         };
+        let status = status?;
         let title = format!("run {command:?}");
         Some((Action::Run { command, status, output }, title))
     }
@@ -250,33 +252,15 @@ impl Reader<'_> {
         machine: Option<&VmConfig>,
     ) -> Option<(Action, String)> {
         let id = self.text(entry)?;
+        // Whatever is wrong with one of them, the others are looked at too.
+        let (check, partition) = (self.disk_check(entry, all), self.partition(all));
         let machine = machine?;
         let Some(disk) = machine.disks.iter().position(|disk| disk.id == id) else {
             let ids: Vec<_> = machine.disks.iter().map(|disk| &*disk.id).collect();
             let ids = if ids.is_empty() { "it has none".to_owned() } else { ids.join(", ") };
             return self.none(entry, format!("the machine has no disk {id:?} ({ids})"));
         };
-        let content = self.content(all)?;
-        let clean = find(all, "clean").map(|entry| (entry, self.boolean(entry)));
-        let file = find(all, "file").map(|entry| (entry, self.text(entry)));
-        let check = match (file, clean) {
-            (Some((_, path)), None) => DiskCheck::File { path: self.path_in_image(all, path?)?, content },
-            (Some((entry, _)), Some(_)) => {
-                return self.none(entry, "a step checks one thing; use another for the file");
-            }
-            (None, Some((entry, on))) if !on? => return self.none(entry, "say true, or leave it out"),
-            (None, _) if !matches!(content, Content::Exists) => {
-                return self.none(entry, "the content of what? write file = \"/PATH\" too");
-            }
-            (None, _) => DiskCheck::Clean,
-        };
-        let partition = match find(all, "partition") {
-            Some(entry) => match self.number(entry, partitions::MOST)? {
-                0 => return self.none(entry, "partitions are counted from 1"),
-                number => Some(number),
-            },
-            None => None,
-        };
+        let (check, partition) = (check?, partition?);
         // Later it is too late to say so: which one is meant cannot be seen.
         if let Ok(file) = std::fs::File::open(&machine.disks[disk].path)
             && let layout = Layout::of(&file)
@@ -294,9 +278,41 @@ impl Reader<'_> {
         Some((Action::CheckDisk { disk, partition, check }, title))
     }
 
+    /// What is asked of a disk.
+    fn disk_check(&mut self, entry: &Entry<'_>, all: &Entries<'_>) -> Option<DiskCheck> {
+        let content = self.content(all);
+        let clean = find(all, "clean").map(|entry| (entry, self.boolean(entry)));
+        let file = find(all, "file").map(|entry| (entry, self.text(entry)));
+        let file = match file {
+            Some((entry, path)) => Some((entry, self.path_in_image(entry, path?))),
+            None => None,
+        };
+        let content = content?;
+        Some(match (file, clean) {
+            (Some((_, path)), None) => DiskCheck::File { path: path?, content },
+            (Some((entry, _)), Some(_)) => {
+                return self.none(entry, "a step checks one thing; use another for the file");
+            }
+            (None, Some((entry, on))) if !on? => return self.none(entry, "say true, or leave it out"),
+            (None, _) if !matches!(content, Content::Exists) => {
+                return self.none(entry, "the content of what? write file = \"/PATH\" too");
+            }
+            (None, _) => DiskCheck::Clean,
+        })
+    }
+
+    /// `None`: there is a mistake.
+    #[expect(clippy::option_option, reason = "a mistake, or nothing said")]
+    fn partition(&mut self, all: &Entries<'_>) -> Option<Option<u32>> {
+        let Some(entry) = find(all, "partition") else { return Some(None) };
+        match self.number(entry, partitions::MOST)? {
+            0 => self.none(entry, "partitions are counted from 1"),
+            number => Some(Some(number)),
+        }
+    }
+
     /// debugfs gets it as a word of its command language.
-    fn path_in_image(&mut self, all: &Entries<'_>, path: String) -> Option<String> {
-        let entry = find(all, "file")?;
+    fn path_in_image(&mut self, entry: &Entry<'_>, path: String) -> Option<String> {
         if !path.starts_with('/') || path.contains(|letter: char| letter.is_control() || letter == '"') {
             return self.none(entry, "a path that begins with / and has neither quotes nor control characters");
         }

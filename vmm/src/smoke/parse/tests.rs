@@ -187,7 +187,7 @@ fn all_mistakes_are_told_at_once_in_the_order_of_the_file() {
         "a.toml:4: kernel: missing: No such file or directory (os error 2); name a file that can be read",
         "a.toml:5: cpus = 0: a machine has at least 1 CPU",
         "a.toml:6: serial: the scenario reads the console itself; leave it out",
-        "a.toml:7: disk: gone.img: No such file or directory (os error 2)",
+        "a.toml:7: disk: gone.img: No such file or directory (os error 2); name an image that can be read",
         "a.toml:10: cpus: not a number of CPUs; write it like 2",
         "a.toml:11: aio: a list of values; write it like aio = [\"a\", \"b\"]",
         "a.toml:13: wait-regex: no regular expression: ",
@@ -264,6 +264,17 @@ fn what_is_impossible() {
         assert!(errors.len() == 1 && errors[0].starts_with(complaint), "{text}\n{errors:#?}");
     }
     assert_eq!(read("[[step]]\nwait = 'x'").unwrap_err().len(), 1);
+    // One mistake does not hide another in the same step.
+    let disk = "machine.disk = {}\n[[step]]\nexpect = 'panic'\n[[step]]\ncheck-disk = 'x'\nfile = 'x'\nmatches = '('\n\
+                partition = 0\n[[step]]\nrun = 'x'\nstatus = 'y'\noutput-regex = '('";
+    let lines: Vec<_> = errors(disk).iter().map(|error| error.split(": ").next().unwrap().to_owned()).collect();
+    assert_eq!(lines, ["a.toml:2", "a.toml:6", "a.toml:7", "a.toml:8", "a.toml:9", "a.toml:12", "a.toml:13"]);
+    let list = "a.toml:2: disk: a list of tables; write [[machine.disk]] and its keys below it";
+    assert_eq!(errors("machine.disk = 'x'\n[[step]]\nwait = 'x'"), [list]);
+    assert_eq!(
+        errors("cpus = 2\n[[step]]\nwait = 'x'"),
+        ["a.toml:2: cpus: belongs to the machine; write it below [machine]"]
+    );
     assert_eq!(
         read("[machine]\n[[step]]\nwait = 'x'").unwrap_err(),
         ["a.toml:1: the machine has no kernel; write kernel = \"FILE\""]

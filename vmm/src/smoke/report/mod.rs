@@ -30,7 +30,7 @@ pub enum Format {
     Junit,
     /// One JSON object; docs/smoke-results.md describes it.
     Json,
-    /// The Test Anything Protocol, version 14.
+    /// The Test Anything Protocol, version 13.
     Tap,
     /// A page that needs nothing else.
     Html,

@@ -1,6 +1,10 @@
 //! How long a session waits: for its steps, for a console that says nothing, for a user who wants to stop.
 
-use super::*;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use super::{AFTERMATH, SETTLED, Session, Stop, TICK, seconds};
+use crate::smoke::scenario::{Action, Ending, Step};
 
 impl Session<'_> {
     pub(super) fn check_limits(&self) -> Result<(), Stop> {

@@ -1,6 +1,15 @@
 //! The steps of a session: what each does, and when it is passed.
 
-use super::*;
+use std::time::Instant;
+
+use super::{Session, Stop, seconds};
+use crate::smoke::checks::{self, Limits};
+use crate::smoke::observer::Event;
+use crate::smoke::pattern::Pattern;
+use crate::smoke::result::{Measure, StepState, Warning};
+use crate::smoke::scenario::{Action, Ending, Step};
+use crate::smoke::shell::Shell;
+use crate::smoke::watcher::Found;
 
 /// What a step came to for now.
 enum Progress {

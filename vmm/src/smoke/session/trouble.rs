@@ -1,7 +1,14 @@
 //! What goes wrong in a session though no step asks: signs on the console are weighed, and forgiven where a step waited for
 //! them.
 
-use super::*;
+use std::time::Instant;
+
+use super::{AFTERMATH, Session, Stop};
+use crate::smoke::end::End;
+use crate::smoke::process::Heard;
+use crate::smoke::result::Warning;
+use crate::smoke::scenario::{Action, Ending};
+use crate::smoke::trouble::{Trouble, Weight};
 
 impl Session<'_> {
     /// Weighs what the console's watcher noticed.
