@@ -42,7 +42,12 @@ impl Results {
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Cell<'a>(&'a Value);
 
-impl Cell<'_> {
+impl<'a> Cell<'a> {
+    /// From the JSON of a cell.
+    pub(crate) fn new(json: &'a Value) -> Self {
+        Self(json)
+    }
+
     /// A property of the cell as text.
     pub(crate) fn word(self, key: &str) -> String {
         match &self.0[key] {
@@ -61,10 +66,24 @@ impl Cell<'_> {
         properties.iter().all(|(key, value)| self.word(key) == *value)
     }
 
+    /// The median of requests per second of `subject`, of all rounds.
+    pub(crate) fn iops(self, subject: &str) -> Option<f64> {
+        let rounds = (0..self.rounds()).filter_map(|round| self.round(round, subject));
+        Ratio::from(rounds.collect()).map(|of| of.median)
+    }
+
     /// The median of a field of the summary of `subject`.
     pub(crate) fn median(self, subject: &str, field: &str) -> Option<f64> {
-        let value = &self.0["summary"][subject][field];
-        value.as_f64().or_else(|| value["median"].as_f64())
+        self.0["summary"][subject][field].as_f64()
+    }
+
+    /// CPU time of skiff's vCPU in a second, in seconds: the least of the rounds.
+    pub(crate) fn vcpu_share(self) -> Option<f64> {
+        let rounds = (0..self.rounds()).filter_map(|round| {
+            let cpu = self.0["rounds"][round]["skiff"]["vcpu_us"].as_f64()?;
+            Some(cpu * self.round(round, "skiff")? / 1e6)
+        });
+        rounds.min_by(f64::total_cmp)
     }
 
     fn round(self, round: usize, subject: &str) -> Option<f64> {
@@ -109,11 +128,11 @@ impl Ratio {
         Self::from(pairs.filter(|ratio| ratio.is_finite()).collect())
     }
 
-    /// From the rounds. The interval is from the smallest to the largest: of n rounds all are on the same side of the true
-    /// median with a chance of 1 in 2^(n - 1).
+    /// From the rounds. The interval leaves out as many of the smallest and of the largest as [`beyond`] says.
     fn from(mut ratios: Vec<f64>) -> Option<Self> {
         ratios.sort_by(f64::total_cmp);
-        let (low, high, half) = (*ratios.first()?, *ratios.last()?, ratios.len() / 2);
+        let (beyond, half) = (beyond(ratios.len()), ratios.len() / 2);
+        let (low, high) = (*ratios.get(beyond)?, *ratios.iter().nth_back(beyond)?);
         let even = ratios.len().is_multiple_of(2);
         let median = if even { f64::midpoint(ratios[half - 1], ratios[half]) } else { ratios[half] };
         Some(Self { median, low, high })
@@ -134,9 +153,27 @@ impl Ratio {
     }
 }
 
-/// The chance in per cent that the true median of so many rounds is between the smallest and the largest.
+/// The chance that the true median of so many rounds is between the one that has `beyond` below it and the one that has as many
+/// above it: that neither at most `beyond` rounds are below the true median, nor above it (binomial distribution).
+fn chance(rounds: usize, beyond: usize) -> f64 {
+    let mut ways = 1.0;
+    let mut tail = 0.0;
+    for below in 0..=beyond {
+        tail += ways;
+        ways *= (rounds - below) as f64 / (below + 1) as f64;
+    }
+    1.0 - 2.0 * tail / 2.0_f64.powf(rounds as f64)
+}
+
+/// How many rounds at each end may be left out so that the chance is still 95 %; none if it is less with all of them.
+fn beyond(rounds: usize) -> usize {
+    (1..rounds.div_ceil(2)).take_while(|beyond| chance(rounds, *beyond) >= 0.95).last().unwrap_or_default()
+}
+
+/// The chance in per cent that the true median of so many rounds is in the interval.
 pub(crate) fn confidence(rounds: u64) -> f64 {
-    100.0 * (1.0 - 0.5_f64.powi(i32::try_from(rounds).unwrap_or(i32::MAX) - 1))
+    let rounds = usize::try_from(rounds).unwrap_or(usize::MAX);
+    100.0 * chance(rounds, beyond(rounds))
 }
 
 /// A part of a whole in per cent.
@@ -165,9 +202,15 @@ mod tests {
         }
     }
 
+    /// Conover, Practical Nonparametric Statistics: from 6 rounds all of them, of 12 the third to the tenth, of 18 the fifth to
+    /// the fourteenth (the median's interval by the sign test).
     #[test]
-    fn confidence_grows_with_the_rounds() {
+    fn intervals_grow_narrower_with_the_rounds() {
         assert_eq!((confidence(2), confidence(6)), (50.0, 96.875));
+        assert_eq!([2, 6, 8, 9, 12, 18].map(beyond), [0, 0, 0, 1, 2, 4]);
+        assert!((confidence(12) - 96.14).abs() < 0.01 && (confidence(18) - 96.91).abs() < 0.01);
+        let ratio = Ratio::from((1..=12).map(f64::from).collect()).unwrap();
+        assert_eq!(ratio, Ratio { median: 6.5, low: 3.0, high: 10.0 });
     }
 
     #[test]

@@ -1,5 +1,8 @@
 //! Sections from fixed figures: the verdict follows them, whichever they are.
 
+use super::engines::{cost, io_uring, order, pool, waiting, where_only_native_waits};
+use super::others::{host, known, vcpu};
+use super::switches::merging;
 use super::*;
 use serde_json::json;
 
@@ -11,8 +14,10 @@ fn cell(aio: &str, depth: u64, rounds: &[(f64, f64)], more: &Value) -> Value {
         "iops": of(|round| round.0), "p50_us": 50.0, "p99_us": 100.0, "io_us": if aio == "threads" { 9.5 } else { 4.25 },
         "submissions": if aio == "threads" { Value::Null } else { json!(0.125) },
     });
-    let rounds: Vec<_> =
-        rounds.iter().map(|round| json!({ "skiff": { "iops": round.0 }, "host": { "iops": round.1 } })).collect();
+    let rounds: Vec<_> = rounds
+        .iter()
+        .map(|round| json!({ "skiff": { "iops": round.0, "vcpu_us": 1e6 / round.0 }, "host": { "iops": round.1 } }))
+        .collect();
     let mut cell = json!({
         "content": "written", "rw": "randread", "bs": 4096, "depth": depth, "queues": 1, "busy": 0, "aio": aio,
         "cache": "none", "ioeventfd": true, "poll_us": 100, "merge": true, "thread_pool_max": 16, "completion": "poll",
@@ -120,5 +125,37 @@ fn where_a_call_waits() {
 fn what_was_not_measured_is_open() {
     let text = document(&Results::default());
     let sections = text.matches("\n## ").count();
-    assert_eq!((sections, text.matches("Open: the part `").count()), (12, 12), "{text}");
+    assert_eq!((sections, text.matches("Open: the part `").count()), (13, 13), "{text}");
+}
+
+/// A vCPU that waited in one round has not all of its CPU.
+#[test]
+fn what_vcpus_do_meanwhile() {
+    let mut results = side_by_side_at(1.0);
+    assert!(vcpu(&results).contains("\nIt holds: ") && vcpu(&results).contains("| 1.000 | 1.000 | 1.000 |"));
+    let part = results.0.get_mut("randread").unwrap();
+    part["cells"][1]["rounds"][2]["skiff"]["vcpu_us"] = json!(5.0);
+    let text = vcpu(&results);
+    assert!(text.contains("\nIt holds in some cells and not in others: ") && text.contains(" | 0.505 | "), "{text}");
+}
+
+#[test]
+fn aims_follow_content_and_depth() {
+    for (content, depth, of_host, words) in [
+        ("written", 32, 0.96, "0.95: yes"),
+        ("written", 32, 0.94, "0.95: no"),
+        ("written", 1, 0.86, "0.85: yes"),
+        ("hole", 1, 0.61, "0.60: yes"),
+        ("hole", 32, 0.59, "0.60: no"),
+    ] {
+        let mut cell = cell("native", depth, &[(of_host * 100e3, 100e3); 6], &json!({ "content": content }));
+        for round in cell["rounds"].as_array_mut().unwrap() {
+            round["qemu"] = json!({ "iops": of_host * 40e3 });
+        }
+        let text = known(&results("known", json!({ "cells": [cell] })));
+        assert!(text.contains(&format!("| {words} | 2.50 (2.50-2.50) | yes |")), "{text}");
+        let holes =
+            if content == "hole" { "yes in 0, no in 1, open in 0 of 1" } else { "yes in 0, no in 0, open in 0 of 0" };
+        assert!(text.contains(&format!("on holes? {holes} cells.")), "{text}");
+    }
 }
