@@ -661,3 +661,48 @@ fn a_monitor_that_can_do_none_of_the_work() {
                     firecracker out\n";
     assert_eq!(outcome(&output), (Some(1), expected.to_owned()));
 }
+
+/// QEMU's disk without indirect descriptors, as Firecracker's is: what the guest wrote it reads again.
+#[test]
+fn the_guest_does_without_indirect_descriptors() {
+    let name = "the_guest_does_without_indirect_descriptors";
+    if !kvm(name) {
+        return;
+    }
+    let folder = scratch();
+    let image = folder.path().join("image.img");
+    fs::write(&image, vec![0; 4 << 20]).expect("the image");
+    for (indirect, depth, code) in [("on", 200, 33), ("off", 85, 33), ("off", 86, 35)] {
+        let mut qemu = Command::new("qemu-system-x86_64");
+        qemu.args(["-M", "microvm,rtc=on,pcie=on,acpi=on", "-bios", "qboot.rom", "-accel", "kvm", "-m", "128"]);
+        qemu.args([
+            "-cpu",
+            "host,-arch-capabilities",
+            "-nodefaults",
+            "-no-user-config",
+            "-display",
+            "none",
+            "-no-reboot",
+        ]);
+        qemu.args(["-serial", "stdio", "-device", "isa-debug-exit,iobase=0x501,iosize=2", "-kernel", guest::PATH]);
+        qemu.args([
+            "-device",
+            &format!("virtio-blk-pci,disable-legacy=on,drive=disk,queue-size=256,indirect_desc={indirect}"),
+        ]);
+        qemu.args(["-drive", &format!("if=none,id=disk,format=raw,file={}", image.display())]);
+        let words = format!("bench rw=write depth={depth} count=1000 verify=on ecam=0xe0000000 bars=0xc0000000");
+        let qemu = qemu.args(["-append", &words]).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn();
+        let Ok(mut qemu) = qemu else {
+            let _ = writeln!(std::io::stderr(), "SKIPPED bench::{name}: qemu-system-x86_64 is not installed");
+            return;
+        };
+        // Its serial port waits where its input is at an end.
+        let _input = qemu.stdin.take();
+        let output = qemu.wait_with_output().expect("it ends");
+        let text = String::from_utf8_lossy(&output.stdout);
+        assert_eq!(output.status.code(), Some(code), "{indirect}, {depth}: {text}");
+        let counted = text.contains(r#""requests":1000,"writes":1000,"#);
+        assert_eq!(counted, code == 33, "{text}");
+        assert_eq!(text.contains("the queue has room for as many requests"), code == 35, "{text}");
+    }
+}

@@ -35,9 +35,10 @@ in less than a quarter of an hour on a quiet host; `--within 160` measures a few
 const METHOD: &str = "\
 A guest that polls keeps requests in flight ([bench.md](bench.md)); 4 KiB each unless something else is said, past the page
 cache (`cache=none`) unless that is the question, and the vCPU has a CPU of its own (`--pin`) except where CPUs are to be
-busy. A *written* file has all its blocks, a *hole* file has none, so no disk
-takes part. Ratios are medians of the rounds' pairs, with the interval in which the true median is. A claim holds if the
-whole interval says so, it does not if none of it does, and else it is open. CPU time is that of all threads but the vCPU's.
+busy. A *written* file has all its blocks, a *hole* file has none, so no disk takes part. Ratios are medians of the rounds'
+pairs, with the interval in which the true median is (order statistics: nothing is assumed of the figures). A claim holds if
+the whole interval says so, it does not if none of it does, and else it is open: this run cannot tell. CPU time is that of all
+threads but the vCPU's.
 ";
 
 /// The whole document.
