@@ -193,6 +193,8 @@ enum Fault {
     Full,
     /// The transfer reports this.
     Report(i64),
+    /// The completion comes when no other does any more, and after those that were held back later.
+    Late,
     /// None.
     Pass,
 }
@@ -229,6 +231,60 @@ fn short_transfers_and_interruptions_are_made_good() {
         conformance::bytes(&bed, faulty(uring, &script));
         conformance::neighbours(&bed, faulty(native, &script));
         conformance::neighbours(&bed, faulty(uring, &script));
+    }
+}
+
+#[test]
+fn completions_may_be_late_and_in_any_order() {
+    // Some of them short as well: the rest is done by others than the ring.
+    let script = [Fault::Late, Fault::Late, Fault::Pass, Fault::Late, Fault::Report(512), Fault::Late, Fault::Pass];
+    for bed in [DIRECT, Bed { alignment: Some(COARSE), ..DIRECT }] {
+        for merge in [false, true] {
+            let (native, uring) = (faulty(native, &script), faulty(uring, &script));
+            for make in [&native as &dyn Fn(Arc<Disk>) -> Box<dyn Engine>, &uring] {
+                let make = |disk| -> Box<dyn Engine> {
+                    let engine = make(disk);
+                    if merge { Box::new(Merge::new(engine)) } else { engine }
+                };
+                conformance::bytes(&bed, make);
+                conformance::exactly_once(&bed, make);
+                conformance::neighbours(&bed, make);
+                conformance::drain(&bed, make);
+            }
+        }
+    }
+}
+
+/// What the kernel's queue cannot do holds up neither that queue nor its owner.
+#[test]
+fn a_slow_discard_is_not_waited_for() {
+    const READS: u16 = 600;
+    let (_dir, _path, disk, _) = DIRECT.disk(1 << 20);
+    let memory = memory(1 << 20);
+    let range = 0..8192;
+    let discard = || Op { ranges: vec![range.clone()], ..op(OpKind::Discard { durable: false }, 0, &[], &memory) };
+    let zeroes = || Op { kind: OpKind::WriteZeroes { unmap: true, durable: true }, ..discard() };
+    for aio in [Aio::Native, Aio::IoUring] {
+        let event = EventFd::new(EFD_NONBLOCK).unwrap();
+        let image = HostFaulty::new(disk.clone(), &[]);
+        let mut engine: Box<dyn Engine> = match aio {
+            Aio::Native => Box::new(RingEngine::new(image.clone(), native(&disk, &event), event, "test-io").unwrap()),
+            _ => Box::new(RingEngine::new(image.clone(), uring(&disk, &event), event, "test-io").unwrap()),
+        };
+        image.hold(true);
+        engine.push(discard(), READS);
+        engine.push(zeroes(), READS + 1);
+        for tag in 0..READS {
+            let place = usize::from(tag % 128) * 4096;
+            engine.push(op(OpKind::Read, 65536 + place as u64, &[(place, 4096)], &memory), tag);
+        }
+        engine.submit();
+        let reads = await_completions(&mut *engine, READS.into());
+        assert!(reads.iter().all(|read| read.result.is_ok() && read.tag < READS), "{aio:?}");
+        image.hold(false);
+        let mut tags: Vec<_> = await_completions(&mut *engine, 2).into_iter().map(|done| done.tag).collect();
+        tags.sort_unstable();
+        assert_eq!(tags, [READS, READS + 1]);
     }
 }
 
@@ -401,6 +457,10 @@ struct Faulty<R> {
     script: VecDeque<Fault>,
     /// Queued, and not yet in `ring`: whose memory the engine keeps until it is reaped.
     held: VecDeque<(usize, OpKind, u64, *const iovec, usize)>,
+    /// Completed, and not yet said.
+    late: Vec<(usize, i64)>,
+    /// That of the engine.
+    event: EventFd,
 }
 
 // SAFETY: the pointers are those the engine gave, to memory that it keeps.
@@ -451,14 +511,21 @@ impl<R: Ring> Ring for Faulty<R> {
     }
 
     fn reap(&mut self, finished: &mut Vec<(usize, i64)>) {
-        let before = finished.len();
-        self.ring.reap(finished);
-        for entry in &mut finished[before..] {
+        let mut reaped = Vec::new();
+        self.ring.reap(&mut reaped);
+        if reaped.is_empty() {
+            return finished.extend(self.late.drain(..).rev());
+        }
+        for (number, result) in reaped {
             match self.next() {
-                Fault::Report(result) if result < 0 => entry.1 = result,
-                Fault::Report(result) => entry.1 = entry.1.min(result),
-                Fault::Full | Fault::Pass => {}
+                Fault::Report(instead) if instead < 0 => finished.push((number, instead)),
+                Fault::Report(most) => finished.push((number, result.min(most))),
+                Fault::Late => self.late.push((number, result)),
+                Fault::Full | Fault::Pass => finished.push((number, result)),
             }
+        }
+        if !self.late.is_empty() {
+            self.event.write(1).unwrap();
         }
     }
 }
@@ -469,8 +536,13 @@ fn faulty<R: Ring + 'static>(
 ) -> impl Fn(Arc<Disk>) -> Box<dyn Engine> {
     move |disk| {
         let event = EventFd::new(EFD_NONBLOCK).unwrap();
-        let ring =
-            Faulty { ring: open(&disk, &event), script: script.iter().copied().collect(), held: VecDeque::new() };
+        let ring = Faulty {
+            ring: open(&disk, &event),
+            script: script.iter().copied().collect(),
+            held: VecDeque::new(),
+            late: Vec::new(),
+            event: event.try_clone().unwrap(),
+        };
         Box::new(RingEngine::new(disk, ring, event, "test-io").unwrap())
     }
 }

@@ -267,6 +267,10 @@ impl Engine for Snapshot {
         self.found = found;
         self.spare.clear();
     }
+
+    fn submissions(&self) -> u64 {
+        self.image.submissions() + self.overlay.submissions()
+    }
 }
 
 #[cfg(test)]
@@ -342,6 +346,21 @@ mod tests {
                 }
             }
             assert!(fs::read(path).unwrap() != content);
+        }
+    }
+
+    /// Whoever counts what the kernel is asked counts both engines.
+    #[test]
+    fn submissions_are_those_of_both() {
+        let (_dir, _path, disk, _) = Bed { cache: CacheMode::None, ..BED }.disk(8192);
+        let memory = memory(8192);
+        let mut engine = Aio::IoUring.start(disk, "test-io").unwrap();
+        for (kind, submissions) in [(OpKind::Read, 1), (WRITE, 2), (OpKind::Read, 4)] {
+            let len = if kind == WRITE { 4096 } else { 8192 };
+            engine.push(op(kind, 0, &[(0, len)], &memory), 0);
+            engine.submit();
+            await_completions(&mut *engine, 1).remove(0).result.unwrap();
+            assert_eq!(engine.submissions(), submissions, "{kind:?}");
         }
     }
 

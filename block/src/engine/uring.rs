@@ -188,7 +188,9 @@ impl Ring for Uring {
     }
 
     fn reap(&mut self, finished: &mut Vec<(usize, i64)>) {
-        let transfers = self.0.completion().filter(|entry| entry.user_data() != CANCEL);
+        let completions = self.0.completion();
+        debug_assert_eq!(completions.overflow(), 0, "there is room for as many as are under way");
+        let transfers = completions.filter(|entry| entry.user_data() != CANCEL);
         finished.extend(transfers.map(|entry| (entry.user_data() as usize, entry.result().into())));
     }
 }
