@@ -278,6 +278,7 @@ fn image_on_disk() -> Image {
     Image { _dir: dir, path }
 }
 
+mod allocations;
 mod changes;
 mod config;
 mod crash;
