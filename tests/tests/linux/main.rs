@@ -14,6 +14,7 @@ mod power;
 mod serial;
 mod smoke;
 mod snapshot;
+mod stable;
 mod topology;
 mod tree;
 mod unbind;
