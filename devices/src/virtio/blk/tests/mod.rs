@@ -284,6 +284,7 @@ mod config;
 mod crash;
 mod errors;
 mod host;
+mod hostile;
 mod limits;
 mod queues;
 mod requests;
