@@ -32,8 +32,9 @@ enum Work {
 
 use Work::{Bench, Decide, Order, Submit};
 
-/// All of them. `--cache none` is O_DIRECT.
+/// All of them, those first that more depends on. `--cache none` is O_DIRECT.
 pub(crate) const PARTS: [Part; 12] = [
+    Part { name: "known", work: Decide("--cache none --content written,hole --vs host,qemu", 36) },
     Part { name: "randread", work: Bench("--cache none --depths 1,32,128 --rw randread --vs host", 18) },
     Part { name: "randwrite", work: Bench("--cache none --depths 1,32,128 --rw randwrite --vs host", 18) },
     Part { name: "streams", work: Bench("--cache none --depths 1,32,128 --rw read:64K --vs host", 18) },
@@ -58,7 +59,6 @@ pub(crate) const PARTS: [Part; 12] = [
         ),
     },
     Part { name: "completion", work: Bench("--cache none --completion poll,interrupt --vs none", 12) },
-    Part { name: "known", work: Decide("--cache none --content written,hole --vs host,qemu", 36) },
     Part { name: "order", work: Order },
     Part { name: "submit", work: Submit },
 ];

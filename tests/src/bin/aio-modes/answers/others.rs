@@ -85,7 +85,8 @@ pub(super) fn vcpu(results: &Results) -> String {
         let mut row = vec![work(cells[0])];
         for cell in cells {
             let Some(share) = cell.vcpu_share() else { continue };
-            verdicts.push(if share >= ALL_OF_A_CPU { Verdict::Yes } else { Verdict::No });
+            // One that has less waited, or something else had its CPU.
+            verdicts.push(if share >= ALL_OF_A_CPU { Verdict::Yes } else { Verdict::Open });
             row.push(format!("{share:.3}"));
         }
         rows.push(row);
@@ -96,7 +97,7 @@ pub(super) fn vcpu(results: &Results) -> String {
     let count = Count::of(verdicts);
     let verdict = format!(
         "{}: a vCPU whose guest looks for completions all the time, with a CPU of its own, runs all the time unless something makes \
-         it wait. It ran at least {ALL_OF_A_CPU:.2} of it: {}.",
+         it wait. Did it run for at least {ALL_OF_A_CPU:.2} of the time? {}. One that did not has waited, or something else had its CPU.",
         count.verdict(),
         count.cells()
     );
