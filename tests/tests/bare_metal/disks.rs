@@ -6,8 +6,9 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use tempfile::TempDir;
+use tests::Machine;
 
-use super::{Bench, Disk, MIB, PASSED, skiff};
+use super::{Bench, Disk, HUNG, MIB, PASSED, skiff};
 
 #[test]
 fn blk() {
@@ -141,4 +142,35 @@ fn what_a_disk_runs_on_is_chosen_and_said() {
         let lines: Vec<_> = said.lines().filter(|line| line.contains("disk disk0: ")).collect();
         assert!(lines.len() == 1 && lines[0].contains(aio) && lines[0].contains(cache), "{choice}: {said}");
     }
+}
+
+/// With one thread nearly all that is in flight waits for it: stopped by force, skiff leaves that undone, and says so. The guest
+/// knows no power button.
+#[test]
+fn a_forced_stop_begins_nothing_more() {
+    let Some(bench) = Bench::new("a_forced_stop_begins_nothing_more") else { return };
+    let option = format!("{},aio=threads,thread-pool-max=1,merge=off", bench.disk("disk.img").option());
+    let mut command = Command::new(skiff());
+    bench.add_run(&mut command, "bench pace=on rw=randread bs=1048576 depth=128 count=1000000000");
+    command.args(["--memory", "256M", "-v", "--disk", &option]);
+    let mut machine = Machine::start(command);
+    machine.wait_for("# bench ready");
+    let io = format!("/proc/{}/io", machine.pid());
+    let calls = || {
+        let io = fs::read_to_string(&io).expect("skiff runs");
+        let calls = io.lines().find_map(|line| line.strip_prefix("syscr: ")).expect("proc_pid_io(5)");
+        calls.parse::<u64>().expect("a number")
+    };
+    let (before, start) = (calls(), Instant::now());
+    machine.send("\n");
+    while calls() < before + 200 {
+        assert!(start.elapsed() < HUNG, "nothing is read");
+        thread::yield_now();
+    }
+    machine.signal("TERM");
+    machine.wait_for_message("power button pressed");
+    machine.signal("TERM");
+    let ended = machine.wait();
+    assert_eq!(ended.code, Some(10), "{}", ended.messages);
+    assert!(ended.messages.contains("requests were not done: the machine is stopped by force"), "{}", ended.messages);
 }
