@@ -93,7 +93,7 @@ fn lines(text: &mut String, title: &str, quotes: &[Quote]) {
 pub(super) fn notes(outcome: &Outcome) -> String {
     let mut text = String::new();
     for measure in &outcome.measures {
-        let max = measure.max.map(|max| format!(" (at most {})", human(max))).unwrap_or_default();
+        let max = measure.max.map(|max| format!(" (at most {:.3} s)", max.as_secs_f64())).unwrap_or_default();
         let _ = writeln!(text, "measured {}: {:.3} s{max}", one_line(&measure.name), measure.value.as_secs_f64());
     }
     for warning in &outcome.warnings {
@@ -135,7 +135,7 @@ FAILED  panic & co #1 (1.6 s): kernel panic while waiting for "login: "
 
 ERROR   panic & co #2 (0 s): /dev/kvm: permission denied
 
-boot [cpus=1]: measured boot: 3.100 s (at most 3 s)
+boot [cpus=1]: measured boot: 3.100 s (at most 3.000 s)
 boot [cpus=1]: warning: boot took 3.1 s, more than 3 s
 panic & co: 1 of 1 failed (100 %)
 1 passed, 2 failed, 1 error, 1 skipped in 22 s
