@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
+use std::ops::{Deref, DerefMut};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::ExitStatusExt;
@@ -105,9 +106,35 @@ fn the_console_does_not_overwrite_a_file_of_the_machine() {
     }
 }
 
+/// A program that ends with its test, however that ends: these guests would spin on.
+struct Running(Child);
+
+impl Deref for Running {
+    type Target = Child;
+
+    fn deref(&self) -> &Child {
+        &self.0
+    }
+}
+
+impl DerefMut for Running {
+    fn deref_mut(&mut self) -> &mut Child {
+        &mut self.0
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        // Both fail only if it is gone already.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
 /// Starts [`WAIT`], and waits until the guest runs. Its input is still to come.
-fn waiting(command: &mut Command) -> Child {
-    let mut child = command.arg("--debug-exit").stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+fn waiting(command: &mut Command) -> Running {
+    command.arg("--debug-exit").stdin(Stdio::piped()).stdout(Stdio::piped());
+    let mut child = Running(command.spawn().unwrap());
     let mut prompt = [0];
     child.stdout.as_mut().unwrap().read_exact(&mut prompt).unwrap();
     assert_eq!(prompt, *b">");
@@ -215,7 +242,7 @@ fn asking_before_the_machine_runs_does_no_harm() {
     let fifo = folder.path().join("initrd");
     assert!(Command::new("mkfifo").arg(&fifo).status().unwrap().success());
     let Some(mut command) = machine(&folder, PANIC) else { return };
-    let mut child = command.arg("--initrd").arg(&fifo).spawn().unwrap();
+    let mut child = Running(command.arg("--initrd").arg(&fifo).spawn().unwrap());
     let files = format!("/proc/{}/fd", child.id());
     let has_kernel = || {
         let mut files = fs::read_dir(&files).unwrap().flatten();
