@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Every test there is: installs what they need (Debian and Ubuntu), then formatting, lints, unit and documentation
-# tests, the bare-metal guest, and the Linux guests and scenarios, which run in the lab where this host has no hardware KVM. The last
-# line is "N passed, N failed, N skipped"; the exit code is 0 if nothing failed.
+# tests, the bare-metal guest, and the Linux guests and scenarios, which run in the lab where this host has no hardware
+# KVM. The last line is "N passed, N failed, N skipped"; the exit code is 0 if nothing failed.
 # Usage: tests/run.sh
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -27,6 +27,15 @@ step() {
 
 tests/packages
 
+# What the Linux guests boot, made while the compiler runs. Without it their tests say what is missing.
+make_guests() {
+    resources/rootfs/build || echo 'the stock Linux guest cannot be built'
+    resources/rootfs/tools || echo 'fio for the stock Linux guest cannot be built'
+    resources/image/build || echo 'the Debian image cannot be built'
+}
+make_guests >"$target/guests.log" 2>&1 &
+guests=$!
+
 step formatting 60 cargo fmt --all --check
 step lints 600 cargo clippy --quiet --workspace --all-targets -- -D warnings
 step "lints of the bare-metal guest" 300 cargo clippy --quiet --package guest --all-targets --features bare-metal -- -D warnings
@@ -39,11 +48,12 @@ else
     echo 'SKIPPED 1 tests of scripts: shellcheck is not installed' | tee -a "$log"
 fi
 
-# What the Linux guests boot. Without it their tests say what is missing.
 step build 600 cargo build --quiet --workspace
-if ! resources/rootfs/build; then echo 'the stock Linux guest cannot be built'; fi
-if ! resources/rootfs/tools; then echo 'fio for the stock Linux guest cannot be built'; fi
-if ! resources/image/build; then echo 'the Debian image cannot be built'; fi
+step "build of the tests" 600 cargo test --quiet --workspace --no-run
+began=$SECONDS
+wait "$guests"
+cat "$target/guests.log"
+echo "    guests: waited for, $((SECONDS - began)) s"
 
 rm -rf "$target/lab/logs"
 step tests 3600 cargo test --workspace --no-fail-fast

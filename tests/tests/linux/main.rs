@@ -1,5 +1,5 @@
 //! Stock Linux guests under skiff. They need a KVM that can run them: `tests/lab/runner` takes this binary into the lab
-//! where the host has none, one boot for all of these tests.
+//! where the host has none, one boot for many of these tests.
 
 mod choices;
 mod discard;
