@@ -34,10 +34,9 @@ use crate::cpuid::{self, Topology};
 use crate::exit::{ExitLine, ExitReason};
 use crate::irq::KvmInterrupts;
 use crate::layout::{self, Layout, gsi, port};
-use crate::regs;
 use crate::vcpu::{Buses, Vcpu};
 use crate::vm::Resources;
-use crate::{kvm, memory};
+use crate::{kvm, memory, regs, tsc};
 
 /// The i8042's command port, and the command that pulses the reset line.
 const RESET_PORT: u16 = port::I8042 + 4;
@@ -126,19 +125,11 @@ impl VmBuilder<'_> {
         acpi::write(&memory, layout::ACPI_TABLES, &self.acpi_config(&layout))?;
         boot::reset_vector::write(&memory, RESET_PORT as u8, RESET_COMMAND)?;
         let loaded = self.load_kernel(&memory, &layout)?;
-        let topology = Topology {
-            cpus: self.config.cpus,
-            tsc_deadline: self.kvm.check_extension(Cap::TscDeadlineTimer),
-            extended_destination,
-        };
-        let vcpus = (0..self.config.cpus)
-            .map(|id| create_vcpu(&vm, id, &topology.leaves(&supported, id)))
-            .collect::<anyhow::Result<Vec<_>>>()
-            .map_err(|error| {
-                let no_files = error.root_cause().downcast_ref().is_some_and(|it: &Error| it.errno() == libc::EMFILE);
-                let remedy = if no_files { "; raise the limit of open files (ulimit -n)" } else { "" };
-                anyhow!("--cpus {}: {error:#}{remedy}", self.config.cpus)
-            })?;
+        let vcpus = self.create_vcpus(&vm, &supported, extended_destination).map_err(|error| {
+            let no_files = error.root_cause().downcast_ref().is_some_and(|it: &Error| it.errno() == libc::EMFILE);
+            let remedy = if no_files { "; raise the limit of open files (ulimit -n)" } else { "" };
+            anyhow!("--cpus {}: {error:#}{remedy}", self.config.cpus)
+        })?;
         regs::set(&vcpus[0], &loaded.state).context("KVM refuses the registers of the first vCPU")?;
         let exit = self.exit.clone();
         Ok(Board { vcpus, buses, interrupts, power_button, functions, exit, vm, memory })
@@ -166,6 +157,25 @@ impl VmBuilder<'_> {
         vm.set_identity_map_address(layout::KVM_IDENTITY_MAP).context("KVM_SET_IDENTITY_MAP_ADDR")?;
         vm.set_tss_address(layout::KVM_TSS as usize).context("KVM_SET_TSS_ADDR")?;
         Ok((Arc::new(vm), extended_destination))
+    }
+
+    /// The vCPUs, with CPUID and MSRs, but not yet the registers of the first.
+    fn create_vcpus(&self, vm: &VmFd, supported: &CpuId, extended_destination: bool) -> anyhow::Result<Vec<VcpuFd>> {
+        let named = |id: u32| move || format!("KVM cannot create vCPU {id}");
+        let vcpus = (0..self.config.cpus)
+            .map(|id| vm.create_vcpu(u64::from(id)).with_context(named(id)))
+            .collect::<anyhow::Result<Vec<_>>>()?;
+        let topology = Topology {
+            cpus: self.config.cpus,
+            tsc_deadline: self.kvm.check_extension(Cap::TscDeadlineTimer),
+            extended_destination,
+            invariant_tsc: tsc::is_invariant(vm, supported),
+        };
+        for (id, vcpu) in (0..).zip(&vcpus) {
+            vcpu.set_cpuid2(&topology.leaves(supported, id)).with_context(named(id))?;
+            regs::set_msrs(vcpu).with_context(named(id))?;
+        }
+        Ok(vcpus)
     }
 
     /// The devices of the board that have neither interrupts nor threads.
@@ -312,12 +322,4 @@ fn create_interrupt_controllers(vm: &VmFd) -> anyhow::Result<()> {
     vm.create_irq_chip().context("KVM cannot create its interrupt controllers (KVM_CREATE_IRQCHIP)")?;
     let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
     vm.create_pit2(pit).context("KVM cannot create its timer (KVM_CREATE_PIT2)")
-}
-
-fn create_vcpu(vm: &VmFd, id: u32, leaves: &CpuId) -> anyhow::Result<VcpuFd> {
-    let named = || format!("KVM cannot create vCPU {id}");
-    let fd = vm.create_vcpu(u64::from(id)).with_context(named)?;
-    fd.set_cpuid2(leaves).with_context(named)?;
-    regs::set_msrs(&fd).with_context(named)?;
-    Ok(fd)
 }

@@ -10,6 +10,7 @@ const LEAF_1_ECX_TSC_DEADLINE: u32 = 1 << 24;
 const LEAF_1_ECX_HYPERVISOR: u32 = 1 << 31;
 const LEAF_1_EDX_HTT: u32 = 1 << 28;
 const AMD_ECX_CMP_LEGACY: u32 = 1 << 1;
+const LEAF_8000_0007_EDX_INVARIANT_TSC: u32 = 1 << 8;
 const KVM_FEATURES: u32 = 0x4000_0001;
 const KVM_FEATURE_MSI_EXT_DEST_ID: u32 = 1 << 15;
 /// Level types of leaves 0xb and 0x1f, in ECX[15:8].
@@ -25,6 +26,8 @@ pub struct Topology {
     pub tsc_deadline: bool,
     /// MSI destinations of more than 8 bits are folded into the message address.
     pub extended_destination: bool,
+    /// The vCPUs' time stamp counters keep one rate and never stop, whatever the host's CPUID says.
+    pub invariant_tsc: bool,
 }
 
 impl Topology {
@@ -64,6 +67,7 @@ impl Topology {
                 leaf.eax = (leaf.eax & 0x3fff) | sharing.min(0xfff) << 14 | (ids - 1).min(0x3f) << 26;
             }
             0x8000_0001 if amd => set(&mut leaf.ecx, AMD_ECX_CMP_LEGACY, many),
+            0x8000_0007 => set(&mut leaf.edx, LEAF_8000_0007_EDX_INVARIANT_TSC, self.invariant_tsc),
             // Threads in the package, and the bits of their numbers.
             0x8000_0008 if amd => {
                 leaf.ecx = (leaf.ecx & !0xf0ff) | last_core.min(0xff) | self.core_bits() << 12;
@@ -107,13 +111,19 @@ impl Topology {
 }
 
 /// The vendor string of leaf 0 starts with "Auth" (AMD) or "Hygo" (Hygon, the same leaves).
-fn is_amd(supported: &CpuId) -> bool {
+pub fn is_amd(supported: &CpuId) -> bool {
     let vendor = supported.as_slice().iter().find(|leaf| leaf.function == 0).map_or(0, |leaf| leaf.ebx);
     [*b"Auth", *b"Hygo"].contains(&vendor.to_le_bytes())
 }
 
 fn set(register: &mut u32, bits: u32, on: bool) {
     if on { *register |= bits } else { *register &= !bits }
+}
+
+/// Whether the host's processor promises a time stamp counter of one rate that never stops.
+pub fn has_invariant_tsc(supported: &CpuId) -> bool {
+    let leaf = supported.as_slice().iter().find(|leaf| leaf.function == 0x8000_0007);
+    leaf.is_some_and(|leaf| leaf.edx & LEAF_8000_0007_EDX_INVARIANT_TSC != 0)
 }
 
 /// Width of guest physical addresses in bits (leaf 0x80000008); 36 where the CPU does not say.
@@ -145,6 +155,7 @@ mod tests {
             leaf(0xb, 0, [1, 2, 0x100, 9]),
             leaf(0x1f, 0, [1, 2, 0x100, 9]),
             leaf(0x8000_0001, 0, [0, 0, 1 << 22, 0]),
+            leaf(0x8000_0007, 0, [0; 4]),
             leaf(0x8000_0008, 0, [48, 0x1000, 0xf0ff, 0]),
             leaf(0x8000_001d, 3, [0x0fff_c163, 0, 0, 0]),
             leaf(0x8000_001e, 0, [7, 0x0107, 0x0303, 0]),
@@ -153,7 +164,8 @@ mod tests {
     }
 
     fn leaves(cpus: u32, id: u32) -> CpuId {
-        Topology { cpus, tsc_deadline: true, extended_destination: false }.leaves(&supported(), id)
+        Topology { cpus, tsc_deadline: true, extended_destination: false, invariant_tsc: false }
+            .leaves(&supported(), id)
     }
 
     #[test]
@@ -198,14 +210,29 @@ mod tests {
     #[test]
     fn timers_and_the_hypervisor_are_announced() {
         assert_eq!(find(&leaves(1, 0), 1, 0).ecx >> 21 & 0b100_0000_1001, 0b100_0000_1001);
-        let without = Topology { cpus: 1, tsc_deadline: false, extended_destination: false }.leaves(&supported(), 0);
+        let without = Topology { cpus: 1, tsc_deadline: false, extended_destination: false, invariant_tsc: false }
+            .leaves(&supported(), 0);
         assert_eq!(find(&without, 1, 0).ecx & LEAF_1_ECX_TSC_DEADLINE, 0);
+    }
+
+    #[test]
+    fn an_invariant_counter_is_announced() {
+        // SDM 2A: EDX bit 8 of leaf 80000007H.
+        assert_eq!(find(&leaves(1, 0), 0x8000_0007, 0).edx, 0);
+        assert!(!has_invariant_tsc(&supported()));
+        let steady = Topology { cpus: 1, tsc_deadline: true, extended_destination: false, invariant_tsc: true };
+        assert_eq!(find(&steady.leaves(&supported(), 0), 0x8000_0007, 0).edx, 0x100);
+        let promised = CpuId::from_entries(&[leaf(0x8000_0007, 0, [0, 0, 0, 0x100])]).unwrap();
+        assert!(has_invariant_tsc(&promised));
+        let plain = Topology { invariant_tsc: false, ..steady };
+        assert_eq!(find(&plain.leaves(&promised, 0), 0x8000_0007, 0).edx, 0);
     }
 
     #[test]
     fn leaves_that_the_host_lacks_are_not_made_up() {
         let old = CpuId::from_entries(&[leaf(0, 0, [0xa, 0, 0, 0]), leaf(1, 0, [0; 4])]).unwrap();
-        let leaves = Topology { cpus: 2, tsc_deadline: true, extended_destination: false }.leaves(&old, 0);
+        let leaves =
+            Topology { cpus: 2, tsc_deadline: true, extended_destination: false, invariant_tsc: false }.leaves(&old, 0);
         assert_eq!(leaves.as_slice().len(), 2);
         assert_eq!(address_bits(&leaves), 36);
         assert_eq!(address_bits(&supported()), 48);

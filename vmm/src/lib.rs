@@ -20,5 +20,6 @@ pub mod smoke;
 pub mod statistics;
 mod stopping;
 mod text;
+mod tsc;
 pub mod vcpu;
 pub mod vm;

@@ -14,7 +14,7 @@ use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 
 use crate::exit::{ExitLine, ExitReason};
-use crate::failure;
+use crate::{failure, tsc};
 
 /// The two address spaces that an exit can lead to.
 #[derive(Default)]
@@ -179,6 +179,13 @@ impl Vcpu {
                 // SAFETY: as above.
                 for item in unsafe { &*data }.chunks(width) {
                     self.buses.pio.write(u64::from(port), item);
+                }
+                return None;
+            }
+            Ok(VcpuExit::X86Rdmsr(read)) => {
+                match tsc::read_filtered(read.index) {
+                    Some(value) => *read.data = value,
+                    None => *read.error = 1,
                 }
                 return None;
             }

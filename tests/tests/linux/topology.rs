@@ -1,4 +1,6 @@
-//! The CPUs of a machine as a kernel sees them. Kernels, boot protocols and sizes of memory are scenarios: tests/scenarios.
+//! The CPUs of a machine, and their clock, as a kernel sees them. Kernels, boot protocols and sizes of memory are scenarios: tests/scenarios.
+
+use std::io::Write;
 
 use tests::Skiff;
 
@@ -31,4 +33,24 @@ fn two_cpus() {
 #[test]
 fn four_cpus() {
     topology(4);
+}
+
+/// Where the host's kernel keeps its time by the processor's time stamp counter, so does the guest's, which is told that
+/// it need not watch it; and it finds those of its CPUs in step.
+#[test]
+fn the_counter_that_the_host_trusts() {
+    const CLOCK: &str = "/sys/devices/system/clocksource/clocksource0/current_clocksource";
+    let host = std::fs::read_to_string(CLOCK).expect("the host's clock");
+    if host.trim() != "tsc" {
+        // Past the capture of the test runner.
+        let reason = format!("the host keeps its time by {}", host.trim());
+        let _ = writeln!(std::io::stderr(), "SKIPPED linux::topology::the_counter_that_the_host_trusts: {reason}");
+        return;
+    }
+    let mut guest = Skiff::linux().cpus(2).boot();
+    assert_eq!(guest.ask(&format!("cat {CLOCK}")), "tsc");
+    assert_eq!(guest.ask("grep -cw nonstop_tsc /proc/cpuinfo"), "2");
+    let doubts = guest.run("dmesg | grep -iE 'tsc.*(unstable|warp|unsync)'");
+    assert_eq!((doubts.text.as_str(), doubts.code), ("", 1));
+    assert_eq!(guest.power_off().code, Some(0));
 }
