@@ -30,7 +30,12 @@ impl Default for Skiff {
 impl Skiff {
     /// `skiff run` and nothing else.
     pub fn new() -> Self {
-        let mut command = Command::new(assets::skiff());
+        Self::of(&assets::skiff())
+    }
+
+    /// The same of another build, which is at `program`.
+    pub fn of(program: &Path) -> Self {
+        let mut command = Command::new(program);
         command.arg("run");
         Self { command, cmdline: String::new() }
     }

@@ -22,6 +22,7 @@ pub struct Wired<'a> {
     keys: String,
     properties: String,
     options: Vec<String>,
+    program: PathBuf,
     is_qemu: bool,
 }
 
@@ -31,13 +32,20 @@ impl<'a> Wired<'a> {
     pub fn new(network: &'a Network, initrd: &Path, queues: u32) -> Self {
         let (keys, properties) = (String::new(), String::new());
         let (initrd, options, is_qemu) = (initrd.to_owned(), Vec::new(), Self::is_qemu());
-        Self { network, initrd, queues, vhost: false, keys, properties, options, is_qemu }
+        Self { network, initrd, queues, vhost: false, keys, properties, options, program: assets::skiff(), is_qemu }
     }
 
     /// QEMU instead of skiff.
     #[must_use]
     pub fn qemu(mut self) -> Self {
         self.is_qemu = true;
+        self
+    }
+
+    /// Another build of skiff, which is at `program`.
+    #[must_use]
+    pub fn program(mut self, program: &Path) -> Self {
+        program.clone_into(&mut self.program);
         self
     }
 
@@ -92,7 +100,7 @@ impl<'a> Wired<'a> {
             false if backend.starts_with("tap=") => format!(",queues={queues},vhost=off"),
             false => String::new(),
         };
-        let mut command = Skiff::new()
+        let mut command = Skiff::of(&self.program)
             .option("--kernel", assets::guest("vmlinuz"))
             .option("--initrd", &self.initrd)
             .cpus(*queues)

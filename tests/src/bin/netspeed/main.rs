@@ -8,6 +8,8 @@ mod cost;
 mod measure;
 mod table;
 
+use std::path::PathBuf;
+
 use anyhow::{Context, bail};
 use clap::{Parser, ValueEnum};
 
@@ -33,6 +35,9 @@ struct Options {
     /// The machines, in the order of the first round
     #[arg(long, value_delimiter = ',', default_value = "skiff,qemu")]
     machines: Vec<Name>,
+    /// Another build of skiff, the machine `other`
+    #[arg(long, value_name = "PATH")]
+    other: Option<PathBuf>,
     /// What is measured
     #[arg(long, value_delimiter = ',', default_value = "send,send4,receive,receive4,requests")]
     rows: Vec<Row>,
@@ -49,6 +54,8 @@ struct Options {
 enum Name {
     Skiff,
     Qemu,
+    /// Another build of skiff: --other
+    Other,
 }
 
 /// What the frames go to.
@@ -67,9 +74,18 @@ fn main() -> anyhow::Result<()> {
     if options.machines.is_empty() {
         bail!("--machines: name at least one");
     }
+    if options.machines.contains(&Name::Other) && options.other.is_none() {
+        bail!("--machines: other is what --other names");
+    }
     let folder = tempfile::tempdir().context("no temporary folder")?;
     let initrd = tests::network::initrd(folder.path(), "netspeed").context("the guest has no tools")?;
-    let bench = Bench { folder: folder.path(), initrd: &initrd, seconds: options.seconds, queues: options.queues };
+    let bench = Bench {
+        folder: folder.path(),
+        initrd: &initrd,
+        other: options.other.as_deref(),
+        seconds: options.seconds,
+        queues: options.queues,
+    };
     let mut table = Table::default();
     for round in 0..options.runs {
         for backend in &options.backends {

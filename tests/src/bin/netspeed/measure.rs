@@ -41,6 +41,8 @@ pub(crate) struct Sample {
 pub(crate) struct Bench<'a> {
     pub(crate) folder: &'a Path,
     pub(crate) initrd: &'a Path,
+    /// Another build of skiff.
+    pub(crate) other: Option<&'a Path>,
     pub(crate) seconds: u32,
     pub(crate) queues: u32,
 }
@@ -53,9 +55,11 @@ impl Bench<'_> {
         let network = Network::new("netspeed").context("no network to measure in")?;
         let queues = if backend == Backend::Passt { 1 } else { self.queues };
         let mut wired = Wired::new(&network, self.initrd, queues).vhost(backend == Backend::Vhost);
-        if name == Name::Qemu {
-            wired = wired.qemu();
-        }
+        wired = match (name, self.other) {
+            (Name::Qemu, _) => wired.qemu(),
+            (Name::Other, Some(program)) => wired.program(program),
+            _ => wired,
+        };
         let _passt;
         let (mut guest, host) = if backend == Backend::Passt {
             let socket = self.folder.join("passt.socket");
