@@ -30,6 +30,12 @@ impl LogLimit {
         self.last = Some(now);
         Some(Suppressed(std::mem::take(&mut self.suppressed)))
     }
+
+    /// How many lines were logged.
+    #[cfg(test)]
+    pub(crate) fn shown(&self) -> u32 {
+        self.shown
+    }
 }
 
 /// So many lines were not logged. Displayed behind the line that is: nothing, or a remark in parentheses.

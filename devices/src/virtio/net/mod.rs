@@ -40,12 +40,15 @@ mod gate;
 mod header;
 mod link;
 mod rx;
+mod schedule;
 mod settings;
+mod side;
 pub mod statistics;
 pub mod stream;
 pub mod tap;
 mod tx;
 pub mod vhost;
+mod wakeups;
 mod worker;
 
 /// The most pairs of queues of an interface. Each that the driver enables has a thread.
@@ -157,10 +160,13 @@ impl Net {
             limited: self.limited.clone(),
             halt: Arc::new(EventFd::new(EFD_NONBLOCK)?),
         };
-        let mut control = control;
+        // All before one of them runs, and obeys a command that is there already: that is done when the others know of it.
+        let (mut control, mut workers) = (control, Vec::new());
         for (pair, queues) in (0..).zip(pairs) {
             let counts = self.options.statistics.pair(pair.into());
-            let worker = PairWorker::new(context.clone(), pair, queues, control.take(), counts)?;
+            workers.push((pair, PairWorker::new(context.clone(), pair, queues, control.take(), counts)?));
+        }
+        for (pair, worker) in workers {
             let (name, backend) = (format!("net{}-q{pair}", self.options.number), self.backend.clone());
             let body = move |stop: EventFd| worker.run(backend.port(pair).as_mut(), &stop);
             self.workers.push(Worker::spawn(&name, body)?);

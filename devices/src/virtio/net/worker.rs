@@ -1,14 +1,13 @@
 //! The thread of one pair of queues: it alone moves frames between them and their port.
 
 use std::fmt::Display;
-use std::io;
-use std::os::fd::AsRawFd;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
+use std::{io, mem};
 
 use block::throttle::Direction;
 use vm_memory::GuestMemoryMmap;
-use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::Broken;
@@ -17,41 +16,32 @@ use super::control::Control;
 use super::gate::{Gate, Limited};
 use super::link::Link;
 use super::rx::{Received, Receiver};
+use super::schedule::Schedule;
 use super::settings::{Copy, Shared};
-use super::statistics::{Counts, PairCounts};
+use super::side::Side;
+use super::statistics::PairCounts;
 use super::tx::{Sender, Sent};
 use super::vhost::Running;
+use super::wakeups::{self, Wakeups};
 use crate::log_limit::LogLimit;
 use crate::virtio::device::{ActiveQueue, Interrupt};
-use crate::virtio::queue::Virtqueue;
+
+use self::host::LOOK;
+
+mod host;
 
 /// Rounds with work after which the worker looks whether it is to stop, however busy it is kept.
 const BUSY_ROUNDS: u32 = 16;
 
-/// Frames of one direction after which the other has its turn, and the driver is told.
+/// Frames of one direction after which the other has its turn, and the driver is interrupted.
 const BATCH: usize = 64;
 
-/// Received bytes of which the driver is told before the end of a batch: it works on them while the next are received, and
-/// gives room for more.
-const TELL: usize = 16 << 10;
+/// Bytes of one direction after which the same happens.
+const BATCH_BYTES: usize = 256 << 10;
 
-/// How often to look whether a lost port is back.
-const LOOK: Duration = Duration::from_millis(250);
-
-/// Why the worker wakes: the driver gave room for frames.
-const ROOM: u64 = 0;
-/// Why the worker wakes: the driver has frames to send.
-const FRAMES: u64 = 1;
-/// Why the worker wakes: the port has a frame, or takes some.
-const PORT: u64 = 2;
-/// Why the worker wakes: it is to stop.
-const STOP: u64 = 3;
-/// Why the worker wakes: the driver has a command, or settings changed.
-const SETTINGS: u64 = 4;
-/// Why the worker wakes: the kernel found a ring broken.
-const BROKEN: u64 = 5;
-/// Why the worker wakes, plus the number of a queue: the kernel used buffers of it, and nobody else tells the driver.
-const RELAY: u64 = 1 << 32;
+/// Received bytes that the driver is shown at once: if it is awake, it works on them while the next are received, and gives room
+/// for more.
+const SHOWN: usize = 16 << 10;
 
 /// What a worker needs besides its queues and its port; the same for all pairs of an interface.
 #[derive(Clone)]
@@ -74,7 +64,9 @@ pub(super) struct Context {
 pub(super) struct PairWorker {
     context: Context,
     pair: u16,
-    epoll: Epoll,
+    wakeups: Wakeups,
+    /// Bytes both ways since it slept.
+    moved: usize,
     counts: Arc<PairCounts>,
     rx: Option<Side<Receiver>>,
     tx: Option<Side<Sender>>,
@@ -88,19 +80,6 @@ pub(super) struct PairWorker {
     lost: bool,
     /// When to look whether it is.
     next_look: Instant,
-    /// What the port's file is watched for, if it is.
-    watched: Option<EventSet>,
-}
-
-/// One of the two queues.
-struct Side<T> {
-    index: u16,
-    frames: T,
-    gate: Gate,
-    /// Registered in the epoll instance, so it stays open as long.
-    _kick: EventFd,
-    /// The port took nothing when last asked.
-    blocked: bool,
 }
 
 impl PairWorker {
@@ -115,35 +94,38 @@ impl PairWorker {
         control: Option<ActiveQueue>,
         counts: Arc<PairCounts>,
     ) -> io::Result<Self> {
-        let epoll = Epoll::new()?;
+        let wakeups = Wakeups::new()?;
         let (copy, memory, features) = (Copy::new(&context.shared), &context.memory, context.features);
         let gate = |direction| Gate::new(context.limited.clone(), direction);
         let (kernel, [rx, tx]) = match context.backend.kernel(pair) {
             Some(vhost) => {
                 let running = Running::new(vhost, memory, features, queues, context.interrupt.as_ref())?;
-                watch(&epoll, running.broken(), EventSet::IN, BROKEN)?;
+                wakeups.while_readable(running.broken(), wakeups::BROKEN)?;
                 for (index, call) in running.relayed() {
-                    watch(&epoll, call, EventSet::IN | EventSet::EDGE_TRIGGERED, RELAY + u64::from(index))?;
+                    wakeups.at_each_write(call, wakeups::RELAY + u64::from(index))?;
                 }
                 (Some(running), [None, None])
             }
             None => (None, queues),
         };
         let receiver = |queue| Receiver::new(queue, memory.clone(), copy.settings.rules);
-        let rx = rx.map(|queue| Side::new(&epoll, queue, ROOM, gate(Direction::Read), receiver)).transpose()?;
+        let rx =
+            rx.map(|queue| Side::new(&wakeups, queue, wakeups::ROOM, gate(Direction::Read), receiver)).transpose()?;
         let sender = |queue| Sender::new(queue, memory.clone());
-        let tx = tx.map(|queue| Side::new(&epoll, queue, FRAMES, gate(Direction::Write), sender)).transpose()?;
+        let tx =
+            tx.map(|queue| Side::new(&wakeups, queue, wakeups::FRAMES, gate(Direction::Write), sender)).transpose()?;
         let commands = |queue| Control::new(queue, memory.clone(), features);
         let unlimited = Gate::new(None, Direction::Write);
-        let control = control.map(|queue| Side::new(&epoll, queue, SETTINGS, unlimited, commands)).transpose()?;
-        let edge = EventSet::IN | EventSet::EDGE_TRIGGERED;
-        watch(&epoll, context.shared.changed(), edge, SETTINGS)?;
-        watch(&epoll, context.shared.seen(), edge, SETTINGS)?;
+        let control =
+            control.map(|queue| Side::new(&wakeups, queue, wakeups::SETTINGS, unlimited, commands)).transpose()?;
+        wakeups.at_each_write(context.shared.changed(), wakeups::SETTINGS)?;
+        wakeups.at_each_write(context.shared.seen(), wakeups::SETTINGS)?;
         let next_look = Instant::now();
         Ok(Self {
             context,
             pair,
-            epoll,
+            wakeups,
+            moved: 0,
             counts,
             rx,
             tx,
@@ -153,7 +135,6 @@ impl PairWorker {
             has_frames: true,
             lost: false,
             next_look,
-            watched: None,
         })
     }
 
@@ -170,56 +151,37 @@ impl PairWorker {
     }
 
     fn serve(&mut self, port: &mut dyn Port, stop: &EventFd) -> Result<(), Broken> {
-        watch(&self.epoll, stop, EventSet::IN, STOP)?;
-        watch(&self.epoll, &self.context.halt, EventSet::IN, STOP)?;
+        self.wakeups.while_readable(stop, wakeups::STOP)?;
+        self.wakeups.while_readable(&self.context.halt, wakeups::STOP)?;
         self.set_up(port);
+        let mut schedule = Schedule::of_this_thread();
         loop {
-            let mut busy = true;
-            for _ in 0..BUSY_ROUNDS {
-                busy = self.round(port)?;
-                if !busy {
-                    break;
-                }
+            let busy = self.work(port)?;
+            if !busy {
+                self.interrupt();
+                schedule.moved(mem::take(&mut self.moved));
             }
             // What became available before notifications were on will not be announced.
             let awake = busy || self.enable_notification();
             self.watch_port(port)?;
-            if self.sleep(awake)? {
+            self.wakeups.wait(if awake { 0 } else { self.patience() })?;
+            self.disable_notification();
+            if self.awaken()? {
                 return Ok(());
             }
-            self.disable_notification();
             self.look_for(port);
         }
     }
 
-    /// Tells the host what the driver begins with: no other thread does, for the host may take its time.
-    fn set_up(&mut self, port: &mut dyn Port) {
-        if self.pair == 0 {
-            let backend = self.context.backend.clone();
-            for idle in self.context.shared.workers()..backend.pairs() {
-                self.take_part(backend.port(idle).as_mut(), false);
+    /// Moves frames as long as there are any, but not for ever; whether there may be more.
+    fn work(&mut self, port: &mut dyn Port) -> Result<bool, Broken> {
+        for _ in 0..BUSY_ROUNDS {
+            if !self.round(port)? {
+                return Ok(false);
             }
-            if let Err(error) = port.set_offloads(self.copy.settings.rules.offloads) {
-                // What the driver did not agree to does not reach it.
-                self.log(format_args!("the host does not change its offloads: {error}"));
-            }
+            self.interrupt();
         }
-        self.take_part(port, self.pair < self.copy.settings.pairs);
-        if port.is_up() { self.connect(port) } else { self.lose("it is down") }
-    }
-
-    /// Lets the kernel move frames through the port as it is now, if that does.
-    fn connect(&mut self, port: &mut dyn Port) {
-        if let Some(Err(error)) = self.kernel.as_ref().map(|kernel| kernel.connect(Some(port.file()))) {
-            self.lose(format_args!("the kernel does not move its frames: {error}"));
-        }
-    }
-
-    fn take_part(&self, port: &mut dyn Port, enabled: bool) {
-        if let Err(error) = port.set_enabled(enabled) {
-            let what = if enabled { "does not take part" } else { "takes part though it should not" };
-            self.log(format_args!("a queue of the host {what}: {error}"));
-        }
+        Ok(true)
     }
 
     /// Moves a batch of frames each way and carries a command out; whether there may be more. Nobody is asked twice for what he
@@ -250,15 +212,15 @@ impl PairWorker {
     fn receive(&mut self, port: &mut dyn Port) -> Result<bool, Broken> {
         let active = self.has_frames && self.receives();
         let Some(rx) = self.rx.as_mut().filter(|_| active) else { return Ok(false) };
-        let (mut more, mut lost, mut untold) = (false, None, 0);
+        let (mut more, mut lost, mut bytes, mut shown) = (false, None, 0, 0);
         for left in (0..BATCH).rev() {
             if !rx.gate.is_open() {
                 break;
             }
             match rx.frames.receive(port, &self.copy.settings, &self.counts.rx)? {
-                Received::Frame(bytes) => {
-                    rx.gate.passed(bytes);
-                    untold += bytes;
+                Received::Frame(len) => {
+                    rx.gate.passed(len);
+                    bytes += len;
                 }
                 Received::Dropped => {}
                 Received::Nothing => {
@@ -271,13 +233,17 @@ impl PairWorker {
                     break;
                 }
             }
-            if untold >= TELL {
-                tell(&mut rx.frames.queue, rx.index, &self.counts.rx, &self.context);
-                untold = 0;
+            if bytes - shown >= SHOWN {
+                rx.due |= rx.frames.queue.publish();
+                shown = bytes;
             }
-            more = left == 0;
+            more = left == 0 || bytes >= BATCH_BYTES;
+            if more {
+                break;
+            }
         }
-        tell(&mut rx.frames.queue, rx.index, &self.counts.rx, &self.context);
+        rx.due |= rx.frames.queue.publish();
+        self.moved += bytes;
         if let Some(error) = lost {
             self.lose(error);
         }
@@ -286,7 +252,7 @@ impl PairWorker {
 
     fn send(&mut self, port: &mut dyn Port) -> Result<bool, Broken> {
         let Some(tx) = &mut self.tx else { return Ok(false) };
-        let (mut more, mut lost) = (false, None);
+        let (mut more, mut lost, mut bytes) = (false, None, 0);
         tx.blocked = false;
         for left in (0..BATCH).rev() {
             if !tx.gate.is_open() {
@@ -294,7 +260,10 @@ impl PairWorker {
             }
             let port: Option<&mut dyn Port> = if self.lost { None } else { Some(&mut *port) };
             match tx.frames.send(port, &self.counts.tx)? {
-                Sent::Frame(bytes) => tx.gate.passed(bytes),
+                Sent::Frame(len) => {
+                    tx.gate.passed(len);
+                    bytes += len;
+                }
                 Sent::Dropped => {}
                 Sent::Nothing => break,
                 Sent::Blocked => {
@@ -306,7 +275,10 @@ impl PairWorker {
                     break;
                 }
             }
-            more = left == 0;
+            more = left == 0 || bytes >= BATCH_BYTES;
+            if more {
+                break;
+            }
         }
         if !self.lost && lost.is_none() {
             match port.flush() {
@@ -315,13 +287,25 @@ impl PairWorker {
                 Err(Failure::NotNow | Failure::Frame(_)) => tx.blocked = true,
             }
         }
-        tell(&mut tx.frames.queue, tx.index, &self.counts.tx, &self.context);
+        tx.due |= tx.frames.queue.publish();
+        self.moved += bytes;
         if let Some(error) = lost {
             // What waits is dropped in the next round.
             self.lose(error);
             more = true;
         }
         Ok(more)
+    }
+
+    /// Interrupts the driver for what it was shown since the last time.
+    fn interrupt(&mut self) {
+        let interrupt = self.context.interrupt.as_ref();
+        if let Some(rx) = &mut self.rx {
+            rx.interrupt(interrupt, &self.counts.rx);
+        }
+        if let Some(tx) = &mut self.tx {
+            tx.interrupt(interrupt, &self.counts.tx);
+        }
     }
 
     /// Whether notifications of something that is there already were switched on too late.
@@ -351,55 +335,12 @@ impl PairWorker {
 
     /// Watches the port for what there is a use for.
     fn watch_port(&mut self, port: &mut dyn Port) -> io::Result<()> {
-        let mut set = EventSet::EDGE_TRIGGERED;
+        let mut wanted = EventSet::empty();
         let active = self.pair < self.copy.settings.pairs;
         let receives = |rx: &Side<Receiver>| active && !rx.frames.lacks_room() && rx.gate.patience().is_none();
-        set.set(EventSet::IN, self.rx.as_ref().is_some_and(receives));
-        set.set(EventSet::OUT, self.tx.as_ref().is_some_and(|tx| tx.blocked));
-        let wanted = Some(set).filter(|_| !self.lost);
-        if wanted == self.watched {
-            return Ok(());
-        }
-        let operation = match (self.watched, wanted) {
-            (None, _) => ControlOperation::Add,
-            (_, None) => ControlOperation::Delete,
-            _ => ControlOperation::Modify,
-        };
-        self.watched = wanted;
-        self.epoll.ctl(operation, port.file().as_raw_fd(), EpollEvent::new(wanted.unwrap_or(EventSet::empty()), PORT))
-    }
-
-    /// The port is lost.
-    fn lose(&mut self, why: impl Display) {
-        self.lost = true;
-        self.next_look = Instant::now() + LOOK;
-        self.log(format_args!("the host's side is lost: {why}; the link is down until it is back"));
-        if let Some(Err(error)) = self.kernel.as_ref().map(|kernel| kernel.connect(None)) {
-            self.log(format_args!("the kernel does not stop: {error}"));
-        }
-        self.set_link(true);
-    }
-
-    /// Looks whether a lost port is back, if it is time to.
-    fn look_for(&mut self, port: &mut dyn Port) {
-        if !self.lost || Instant::now() < self.next_look {
-            return;
-        }
-        self.next_look = Instant::now() + LOOK;
-        if port.is_up() {
-            (self.lost, self.has_frames) = (false, true);
-            self.connect(port);
-            if !self.lost {
-                self.log(format_args!("the host's side is back; the link is up"));
-                self.set_link(false);
-            }
-        }
-    }
-
-    fn set_link(&self, lost: bool) {
-        if self.context.link.set_lost(self.pair, lost) {
-            self.context.interrupt.config();
-        }
+        wanted.set(EventSet::IN, self.rx.as_ref().is_some_and(receives));
+        wanted.set(EventSet::OUT, self.tx.as_ref().is_some_and(|tx| tx.blocked));
+        self.wakeups.watch_port(port.file(), Some(wanted).filter(|_| !self.lost))
     }
 
     fn log(&self, line: impl Display) {
@@ -423,65 +364,27 @@ impl PairWorker {
         gates.chain(self.lost.then_some(LOOK)).min().map_or(-1, millis)
     }
 
-    /// Sleeps until there may be something to do, or not at all if `awake`; `true` if it is to stop.
-    fn sleep(&mut self, awake: bool) -> Result<bool, Broken> {
-        let patience = if awake { 0 } else { self.patience() };
-        let mut events = [EpollEvent::default(); 8];
-        match self.epoll.wait(patience, &mut events) {
-            Ok(count) => {
-                let woke = |why| events.iter().take(count).any(|event| event.data() == why);
-                let gone = EventSet::ERROR | EventSet::HANG_UP;
-                let ports = events.iter().take(count).filter(|event| event.data() == PORT);
-                if ports.into_iter().any(|event| event.event_set().intersects(gone)) && !self.lost {
-                    // It may take a moment until the port itself notices, and this is said once.
-                    self.lose("it is gone");
-                }
-                self.has_frames |= woke(PORT);
-                if woke(ROOM) {
-                    self.counts.rx.kicked();
-                }
-                if woke(FRAMES) {
-                    self.counts.tx.kicked();
-                }
-                for event in events.iter().take(count).filter(|event| event.data() >= RELAY) {
-                    self.context.interrupt.queue((event.data() - RELAY) as u16);
-                }
-                if woke(BROKEN) { Err(Broken::Kernel) } else { Ok(woke(STOP)) }
-            }
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => Ok(false),
-            Err(error) => Err(error.into()),
+    /// Notes what woke the worker; `true` if it is to stop.
+    fn awaken(&mut self) -> Result<bool, Broken> {
+        if self.wakeups.port_is_gone() && !self.lost {
+            // It may take a moment until the port itself notices, and this is said once.
+            self.lose("it is gone");
         }
+        self.has_frames |= self.wakeups.woke(wakeups::PORT);
+        if self.wakeups.woke(wakeups::ROOM) {
+            self.counts.rx.kicked();
+        }
+        if self.wakeups.woke(wakeups::FRAMES) {
+            self.counts.tx.kicked();
+        }
+        for queue in self.wakeups.relayed() {
+            self.context.interrupt.queue(queue);
+        }
+        if self.wakeups.woke(wakeups::BROKEN) { Err(Broken::Kernel) } else { Ok(self.wakeups.woke(wakeups::STOP)) }
     }
 }
 
 /// Milliseconds, rounded up.
 fn millis(duration: Duration) -> i32 {
     i32::try_from(duration.as_nanos().div_ceil(1_000_000)).unwrap_or(i32::MAX)
-}
-
-/// Shows the driver what was used since the last time, with one interrupt if it wants one.
-fn tell(queue: &mut Virtqueue, index: u16, counts: &Counts, context: &Context) {
-    if queue.publish() {
-        context.interrupt.queue(index);
-        counts.interrupted();
-    }
-}
-
-fn watch(epoll: &Epoll, event: &EventFd, set: EventSet, why: u64) -> io::Result<()> {
-    epoll.ctl(ControlOperation::Add, event.as_raw_fd(), EpollEvent::new(set, why))
-}
-
-impl<T> Side<T> {
-    fn new(
-        epoll: &Epoll,
-        active: ActiveQueue,
-        why: u64,
-        gate: Gate,
-        frames: impl FnOnce(Virtqueue) -> T,
-    ) -> io::Result<Self> {
-        let ActiveQueue { index, queue, kick } = active;
-        // Edge-triggered, so nobody need read it: every write of it wakes, and waking is all it is for.
-        watch(epoll, &kick, EventSet::IN | EventSet::EDGE_TRIGGERED, why)?;
-        Ok(Self { index, frames: frames(queue), gate, _kick: kick, blocked: false })
-    }
 }

@@ -32,6 +32,27 @@ fn a_lost_port_takes_the_link_down_until_it_is_back() {
 }
 
 #[test]
+fn of_several_ports_that_are_lost_at_once_one_says_so() {
+    let mut bench = Bench::with(4, PLAIN | MQ, 256);
+    bench.activate();
+    let shown = |bench: &Bench| bench.net.log.lock().unwrap().shown();
+    bench.ends.down.store(true, Ordering::SeqCst);
+    bench.fill(DATA, &frame(100));
+    for pair in 0..4 {
+        // It is dropped when the pair knows that its port is lost.
+        let queue = 2 * pair + 1;
+        bench.queues[queue].add(&[readable(DATA, 112)]);
+        bench.queues[queue].kick(1);
+        bench.used(queue, 1);
+    }
+    wait(&bench.lines.config);
+    assert_eq!((shown(&bench), status(&bench)), (1, 0));
+    bench.ends.down.store(false, Ordering::SeqCst);
+    wait(&bench.lines.config);
+    assert_eq!((shown(&bench), status(&bench)), (2, 1));
+}
+
+#[test]
 fn a_port_that_is_down_at_the_start_is_a_link_that_is_down() {
     let mut bench = Bench::new(PLAIN, 256);
     bench.ends.down.store(true, Ordering::SeqCst);

@@ -129,6 +129,20 @@ fn without_room_the_port_is_left_alone() {
 }
 
 #[test]
+fn what_is_there_already_needs_one_interrupt() {
+    // Without EVENT_IDX: a driver that wants an interrupt for all that it is shown.
+    let mut bench = Bench::new(PLAIN | MRG_RXBUF | SEGMENTED, 256);
+    for _ in 0..5 {
+        bench.hosts[0].send(&frame(20_000)).unwrap();
+    }
+    give(&mut bench, (0..60).map(|at| DATA + at * 0x1000), 4096);
+    bench.activate();
+    bench.used(0, 25);
+    bench.net.reset();
+    assert_eq!((bench.counted().rx.frames, bench.counted().rx.interrupts), (5, 1));
+}
+
+#[test]
 fn nobody_is_asked_twice_for_what_he_does_not_have() {
     let mut bench = Bench::active(PLAIN | EVENT_IDX, 256);
     give(&mut bench, (0..100).map(|at| DATA + at * 0x1000), 1526);
