@@ -220,7 +220,9 @@ fn number(value: f64) -> String {
     match value {
         1e6.. => format!("{:.2}M", value / 1e6),
         1e4..1e6 => format!("{:.1}k", value / 1e3),
-        100.0..1e4 | 0.0 => format!("{value:.0}"),
+        100.0..1e4 => format!("{value:.0}"),
+        // The steps of a scale.
+        _ if value.fract() == 0.0 => format!("{value:.0}"),
         _ => format!("{value:.2}"),
     }
 }
@@ -230,14 +232,19 @@ fn escape(text: &str) -> String {
 }
 
 impl Results {
-    /// A page with every chart and the tables, complete in itself; it prints a chart or two to a sheet.
+    /// A page with every chart and the tables, complete in itself; it prints three charts or more to a sheet.
     pub fn to_html(&self) -> String {
+        let tables = self.to_string();
+        // A sheet's width in points without its margins; a letter of this font is 0.602 of its size wide.
+        let widest = tables.lines().map(|line| line.chars().count()).max().unwrap_or(1);
+        let size = (525.0 / (0.602 * widest as f64)).min(8.0);
         let mut page = String::from(
             "<!DOCTYPE html>\n<html lang=\"en\"><head><meta charset=\"utf-8\"><title>skiff bench</title>\n<style>\
              body{font-family:sans-serif;max-width:60em;margin:1em auto;padding:0 1em}svg{width:100%;break-inside:avoid}\
              pre{overflow-x:auto;font-size:80%}pre.words{white-space:pre-wrap}@page{size:A4;margin:12mm}\
-             @media print{body{max-width:none;margin:0}pre{font-size:5.5pt;overflow:visible}}</style></head>\n<body><h1>skiff bench</h1>\n",
+             @media print{body{max-width:none;margin:0;padding:0}svg{width:86%}pre{overflow:visible}",
         );
+        let _ = writeln!(page, "pre{{font-size:{size:.1}pt}}}}</style></head>\n<body><h1>skiff bench</h1>");
         if !self.complete {
             page.push_str("<p><strong>Interrupted: not all was measured.</strong></p>\n");
         }
@@ -253,7 +260,7 @@ impl Results {
         for chart in charts(self) {
             page.push_str(&chart.svg());
         }
-        let _ = writeln!(page, "<pre>{}</pre>\n</body></html>", escape(&self.to_string()));
+        let _ = writeln!(page, "<pre>{}</pre>\n</body></html>", escape(&tables));
         page
     }
 
