@@ -19,7 +19,7 @@ const DISKS: [Choice; 3] = [
 ];
 
 /// Files in the lab, where a guest is emulated twice over.
-const IN_LAB: u32 = 1500;
+const IN_LAB: u32 = 1000;
 
 fn text(path: &Path) -> &str {
     path.to_str().expect("UTF-8")
