@@ -63,7 +63,32 @@ pub(crate) fn document(results: &Results) -> String {
         text.push('\n');
         text.push_str(&section);
     }
-    text
+    text.lines().map(wrapped).collect()
+}
+
+/// Letters of a line, but for those of tables.
+const WIDTH: usize = 128;
+
+/// A line as one or more that are not too long; tables and headings have no other form.
+fn wrapped(line: &str) -> String {
+    if line.starts_with(['|', '#']) {
+        return format!("{line}\n");
+    }
+    let (mut text, mut length) = (String::new(), 0);
+    for word in line.split(' ') {
+        let room = if length == 0 { 0 } else { length + 1 } + word.chars().count();
+        if length > 0 && room > WIDTH {
+            text.push('\n');
+            length = 0;
+        }
+        if length > 0 {
+            text.push(' ');
+            length += 1;
+        }
+        text.push_str(word);
+        length += word.chars().count();
+    }
+    text + "\n"
 }
 
 fn circumstances(results: &Results) -> String {

@@ -10,7 +10,7 @@ use std::time::Duration;
 use anyhow::{Context, ensure};
 use serde_json::{Value, json};
 
-pub(crate) const EXPECTED: Duration = Duration::from_secs(15);
+pub(crate) const EXPECTED: Duration = Duration::from_secs(10);
 
 const TRACING: &str = "/sys/kernel/tracing";
 const BYTES: usize = 256 << 20;

@@ -9,7 +9,7 @@ use std::time::Duration;
 use anyhow::{Context, ensure};
 use serde_json::{Value, json};
 
-pub(crate) const EXPECTED: Duration = Duration::from_secs(45);
+pub(crate) const EXPECTED: Duration = Duration::from_secs(60);
 
 /// What is done, and fio's words for it. Each begins with a file of its own.
 const CASES: [(&str, &str); 6] = [

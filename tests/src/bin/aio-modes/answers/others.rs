@@ -67,7 +67,7 @@ pub(super) fn known(results: &Results) -> String {
     let (host, qemu, holes) = (Count::of(of_host), Count::of(of_qemu), Count::of(holes));
     let verdict = format!(
         "Is the aim of the host's figure reached? {}. Is skiff at least as fast as QEMU with an I/O thread? {}. Three times as fast \
-         on holes? {}.\nWhere it was open whether QEMU is faster, more rounds were added, at most to five cells. What stands in the \
+         on holes? {}.\nWhere it was open whether QEMU is faster, more rounds were added, at most to four cells. What stands in the \
          way where an aim is not reached: [performance.md](performance.md).",
         host.cells(),
         qemu.cells(),

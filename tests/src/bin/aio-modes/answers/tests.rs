@@ -159,3 +159,15 @@ fn aims_follow_content_and_depth() {
         assert!(text.contains(&format!("on holes? {holes} cells.")), "{text}");
     }
 }
+
+#[test]
+fn lines_are_not_too_long() {
+    let line = "0123456789 ".repeat(25);
+    let text = wrapped(line.trim_end());
+    // Eleven letters a word, but for the last of a line: eleven words in 128.
+    assert_eq!(text.lines().map(str::len).collect::<Vec<_>>(), [120, 120, 32]);
+    assert_eq!(text.replace('\n', " "), line);
+    for same in ["", "| a table is as wide as it is |", "aio=target", "  indented code"] {
+        assert_eq!(wrapped(same), format!("{same}\n"));
+    }
+}
