@@ -112,7 +112,10 @@ fn no_request_allocates() {
         // A pool starts a thread whenever all are busy, and that allocates; a request does not.
         let pools = if aio == Aio::Threads { 1 + u64::from(snapshot) } else { 0 };
         assert_eq!(engine.merged() > 0, merge);
+        // Requests differ in length there, and what is used again (a slot's buffers, an op at rest) grows when it meets the
+        // longest for the first time: each once, in an order that depends on the host.
+        let grown = if merge || snapshot { OPS.into() } else { 0 };
         let what = format!("{aio:?} {cache:?}, merge {merge}, snapshot {snapshot}");
-        assert!(allocations <= 50 * pools, "{what}: {allocations} allocations in 3200 requests");
+        assert!(allocations <= 50 * pools + grown, "{what}: {allocations} allocations in 3200 requests");
     }
 }
