@@ -71,7 +71,7 @@ const WIDTH: usize = 128;
 
 /// A line as one or more that are not too long; tables and headings have no other form.
 fn wrapped(line: &str) -> String {
-    if line.starts_with(['|', '#']) {
+    if line.starts_with(['|', '#']) || line.chars().count() <= WIDTH {
         return format!("{line}\n");
     }
     let (mut text, mut length) = (String::new(), 0);
