@@ -119,6 +119,50 @@ impl Network {
         self.run(["ip", "link", "set", name, "up"]);
     }
 
+    /// Two ends of a cable, `near` and `far`, which has 192.0.2.1/24 and 2001:db8::1/64. Both are up. `None` if this host has
+    /// none; that is then said of the test `name`.
+    ///
+    /// # Panics
+    /// If they cannot be set up.
+    pub fn cable(&self, name: &str) -> Option<()> {
+        let mut add = self.command("ip");
+        let added = add.args("link add near type veth peer name far".split(' ')).stderr(Stdio::null()).status();
+        if !added.expect("nsenter of util-linux").success() {
+            skipped(name, "no veth interfaces");
+            return None;
+        }
+        self.run(["ip", "addr", "add", "192.0.2.1/24", "dev", "far"]);
+        self.run(["ip", "addr", "add", "2001:db8::1/64", "dev", "far", "nodad"]);
+        for end in ["near", "far"] {
+            self.run(["ip", "link", "set", end, "up"]);
+        }
+        Some(())
+    }
+
+    /// A macvtap on the near end of the cable, with this address, and up. Returns its file; `None` if this host has none for
+    /// this user, which is then said of the test `name`.
+    ///
+    /// # Panics
+    /// If it cannot be brought up.
+    pub fn macvtap(&self, interface: &str, address: &str, name: &str) -> Option<PathBuf> {
+        let mut add = self.command("ip");
+        add.args([
+            "link", "add", "link", "near", "name", interface, "address", address, "type", "macvtap", "mode", "bridge",
+        ]);
+        let added = add.stderr(Stdio::null()).status().expect("nsenter of util-linux").success();
+        let file = added.then(|| {
+            self.run(["ip", "link", "set", interface, "up"]);
+            let link: serde_json::Value =
+                serde_json::from_str(&self.run(["ip", "-json", "link", "show", interface])).expect("JSON");
+            PathBuf::from(format!("/dev/tap{}", link[0]["ifindex"]))
+        });
+        let file = file.filter(|file| fs::File::options().read(true).write(true).open(file).is_ok());
+        if file.is_none() {
+            skipped(name, "no macvtap interfaces for this user");
+        }
+        file
+    }
+
     /// What passt tells its guest to be the gateway, and what leads to the loopback interface of this network.
     pub const GATEWAY: &str = "198.51.100.2";
 

@@ -1,6 +1,7 @@
 //! A machine with an interface in a [`Network`]: skiff, or QEMU beside it, or in its place to see what the tests themselves
 //! are worth. Owned by the test thread.
 
+use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -23,6 +24,7 @@ pub struct Wired<'a> {
     properties: String,
     options: Vec<String>,
     program: PathBuf,
+    starter: Vec<String>,
     is_qemu: bool,
 }
 
@@ -31,8 +33,9 @@ impl<'a> Wired<'a> {
     /// [`network::initrd`](crate::network::initrd).
     pub fn new(network: &'a Network, initrd: &Path, queues: u32) -> Self {
         let (keys, properties) = (String::new(), String::new());
-        let (initrd, options, is_qemu) = (initrd.to_owned(), Vec::new(), Self::is_qemu());
-        Self { network, initrd, queues, vhost: false, keys, properties, options, program: assets::skiff(), is_qemu }
+        let (initrd, options, starter) = (initrd.to_owned(), Vec::new(), Vec::new());
+        let (program, is_qemu) = (assets::skiff(), Self::is_qemu());
+        Self { network, initrd, queues, vhost: false, keys, properties, options, program, starter, is_qemu }
     }
 
     /// QEMU instead of skiff.
@@ -77,34 +80,45 @@ impl<'a> Wired<'a> {
         self
     }
 
+    /// A program with its first words that starts skiff in its place, as env(1) does.
+    #[must_use]
+    pub fn started_by(mut self, words: &[&str]) -> Self {
+        self.starter = words.iter().map(|word| (*word).to_owned()).collect();
+        self
+    }
+
     /// Whether QEMU is in the place of skiff.
     pub fn is_qemu() -> bool {
         std::env::var(IN_PLACE).is_ok_and(|name| name == "qemu")
     }
 
-    /// Starts the test guest with its interface on `tap=NAME` or `socket=PATH` and waits until it takes commands.
+    /// Starts the test guest with its interface on what `--net` names, `tap=NAME` or `socket=PATH` for QEMU, and waits until it takes commands.
     ///
     /// # Panics
     /// If it does not get there.
     pub fn boot(&self, backend: &str) -> Machine {
         let command = if self.is_qemu { self.qemu_command(backend) } else { self.skiff_command(backend) };
-        let mut machine = Machine::start(self.network.inside(&command));
+        let mut words = self.starter.iter().map(OsStr::new).chain([command.get_program()]).chain(command.get_args());
+        let mut started = self.network.command(words.next().expect("a program"));
+        started.args(words);
+        let mut machine = Machine::start(started);
         machine.wait_ready();
         machine
     }
 
     fn skiff_command(&self, backend: &str) -> Command {
         let Self { queues, keys, .. } = self;
+        let many = if backend.starts_with("tap=") { format!(",queues={queues}") } else { String::new() };
         let path = match self.vhost {
-            true => format!(",queues={queues},vhost=on"),
-            false if backend.starts_with("tap=") => format!(",queues={queues},vhost=off"),
-            false => String::new(),
+            true => ",vhost=on",
+            false if backend.starts_with("tap=") || backend.starts_with("fd=") => ",vhost=off",
+            false => "",
         };
         let mut command = Skiff::of(&self.program)
             .option("--kernel", assets::guest("vmlinuz"))
             .option("--initrd", &self.initrd)
             .cpus(*queues)
-            .option("--net", format!("{backend}{path}{keys}"))
+            .option("--net", format!("{backend}{many}{path}{keys}"))
             .cmdline(CMDLINE)
             .into_command();
         command.args(&self.options);

@@ -91,6 +91,10 @@ fn values_that_no_interface_has() {
             &["mac=52:54:00:12:34:56 belongs to net0", "one address"],
         ),
         (&["tap=tap0", "tap=tap0"], &["tap=tap0 belongs to net0", "its own"]),
+        (&["tap=,host-ip=192.0.2.0/24"], &["host-ip", "the network itself", "192.0.2.1/24"]),
+        (&["tap=,host-ip=192.0.2.255/24"], &["host-ip", "everybody", "192.0.2.1/24"]),
+        (&["passt,forward=2222:22"], &["forward=2222:22", "tcp:2222:22"]),
+        (&["tap=tap0,forward=tcp:1:1"], &["forward", "passt only"]),
     ];
     for (nets, parts) in table {
         refused(arguments(&mut Command::new(assets::skiff()), &kernel, nets), nets, USAGE, parts);
@@ -106,6 +110,74 @@ fn interfaces_that_cannot_be_used() {
     host.refuses(&["tap=tap0,queues=2"], &["--net tap=tap0", "one queue", "multi_queue"]);
     host.refuses(&["tap=tap0,host-ip=192.0.2.1/24"], &["tap0 exists", "leave host-ip= out"]);
     host.refuses(&["tap=tap9,host-ip=192.0.2.1/24,mtu=65522"], &["mtu=65522", "65521"]);
+}
+
+#[test]
+fn files_that_are_no_taps() {
+    let Some(host) = Host::new("files_that_are_no_taps") else { return };
+    let peer = assets::peer();
+    let peer = peer.to_str().expect("UTF-8");
+    let refuses = |wrapper: &[&str], parts: &[&str]| host.refuses_by(wrapper, &["fd=7"], FAILED_START, parts);
+    refuses(&["env"], &["--net fd=7", "no open file at 7", "3<>/dev/tap5"]);
+    refuses(&["sh", "-c", "exec \"$@\" 7</dev/null", "sh"], &["--net fd=7", "the open file at 7 is no TAP"]);
+    let handed_in = |flags| [peer, "hand-in", "tap7", flags, "7", "--"];
+    refuses(&handed_in("tun,no_pi,vnet_hdr"), &["--net fd=7", "tap7, a TUN", "IFF_TAP"]);
+    refuses(&handed_in("tap,no_pi"), &["--net fd=7", "tap7 without virtio's headers", "IFF_VNET_HDR"]);
+}
+
+/// What skiff creates is as it was asked for while it runs, and gone afterwards.
+#[test]
+fn an_interface_of_our_own() {
+    let Some(host) = Host::new("an_interface_of_our_own") else { return };
+    for (net, address, bits, mtu) in [
+        ("tap=,host-ip=192.0.2.1/24,mtu=9000", "192.0.2.1", 24, 9000),
+        ("tap=skiff0,host-ip=198.51.100.4/31,queues=2", "198.51.100.4", 31, 1500),
+    ] {
+        let mut command = Command::new(assets::skiff());
+        // The machine starts again and again.
+        arguments(&mut command, &host.kernel, &[net]).args(["--cmdline", "test=pci end=reset"]);
+        let machine = host.network.start(&mut command);
+        let text = host.network.run(["ip", "-json", "addr", "show", "dev", "skiff0"]);
+        let links: serde_json::Value = serde_json::from_str(&text).expect("JSON");
+        let link = &links[0];
+        assert_eq!(link["mtu"], mtu, "{text}");
+        assert!(link["flags"].as_array().is_some_and(|flags| flags.iter().any(|flag| flag == "UP")), "{text}");
+        let internet: Vec<_> =
+            link["addr_info"].as_array().into_iter().flatten().filter(|info| info["family"] == "inet").collect();
+        let [info] = internet[..] else { panic!("one address: {text}") };
+        assert_eq!((info["local"].as_str(), info["prefixlen"].as_u64()), (Some(address), Some(bits)), "{text}");
+        // The last address of the network, if it is not a host's.
+        assert_eq!(info["broadcast"].as_str(), (bits < 31).then_some("192.0.2.255"), "{text}");
+        drop(machine);
+        let gone = host.network.command("ip").args(["link", "show", "dev", "skiff0"]).output().expect("nsenter");
+        assert!(!gone.status.success(), "{}", String::from_utf8_lossy(&gone.stdout));
+    }
+}
+
+/// A TAP that somebody set up is used as it is, and left so.
+#[test]
+fn an_interface_of_others_stays_as_it_is() {
+    let Some(host) = Host::new("an_interface_of_others_stays_as_it_is") else { return };
+    host.network.tap("tap0", 2);
+    host.run(&["ip", "link", "set", "tap0", "mtu", "1400", "address", "52:54:00:00:00:77"]);
+    let shown = || {
+        let text = host.network.run(["ip", "-json", "-details", "addr", "show", "dev", "tap0"]);
+        let links: serde_json::Value = serde_json::from_str(&text).expect("JSON");
+        let (link, tun) = (&links[0], &links[0]["linkinfo"]["info_data"]);
+        // All that is set, and not what follows from there being a carrier: how many have it open, and addresses of the link.
+        let up = link["flags"].as_array().is_some_and(|flags| flags.iter().any(|flag| flag == "UP"));
+        let of_tun = ["type", "pi", "vnet_hdr", "multi_queue", "persist"].map(|key| tun[key].clone());
+        let addresses = link["addr_info"].as_array().into_iter().flatten().filter(|info| info["scope"] == "global");
+        let addresses: Vec<_> = addresses.map(|info| info["local"].clone()).collect();
+        (up, ["mtu", "address", "txqlen"].map(|key| link[key].clone()), of_tun, addresses)
+    };
+    let before = shown();
+    let mut command = Command::new(assets::skiff());
+    arguments(&mut command, &host.kernel, &["tap=tap0,mtu=9000"]).args(["--cmdline", "test=pci end=reset"]);
+    let machine = host.network.start(&mut command);
+    let during = shown();
+    drop(machine);
+    assert_eq!((during, shown()), (before.clone(), before));
 }
 
 #[test]
@@ -154,6 +226,8 @@ fn what_the_host_lacks() {
         &["--net passt", "not installed", "sudo apt install passt"],
     );
     host.refuses(&["socket=/nowhere/passt.socket"], &["--net socket=", "nobody listens", "passt --socket"]);
+    let long = format!("socket=/{}", "x".repeat(110));
+    host.refuses(&[&long], &["--net socket=", "at most 107 bytes"]);
     if Path::new("/dev/vhost-net").exists() {
         skipped("net::what_the_host_lacks", "this host has /dev/vhost-net");
         return;

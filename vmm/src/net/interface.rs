@@ -61,6 +61,12 @@ impl Interface {
             request.ifr_ifru.ifru_addr = socket_address(address);
             set(what, &request)?;
         }
+        if bits == 31 {
+            // A network of two has no address for everybody (RFC 3021); the kernel keeps that of an older kind of network.
+            let mut request = request(&self.name);
+            request.ifr_ifru.ifru_addr = socket_address(Ipv4Addr::UNSPECIFIED);
+            set(libc::SIOCSIFBRDADDR, &request)?;
+        }
         Ok(())
     }
 

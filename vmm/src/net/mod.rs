@@ -4,10 +4,10 @@
 mod interface;
 pub mod mac;
 mod passt;
+mod socket;
 mod tap;
 mod vhost;
 
-use std::io;
 use std::os::unix::net::UnixStream;
 use std::path::{self, Path};
 use std::sync::Arc;
@@ -92,9 +92,9 @@ fn open_backend(net: &NetConfig) -> anyhow::Result<(Backend, Option<Mac>)> {
             Ok((stream(socket, Box::new(passt.again()))?, None))
         }
         NetBackend::Socket { path, .. } => {
-            let socket = UnixStream::connect(path).map_err(|error| anyhow!("{}", not_connected(path, &error)))?;
+            let socket = socket::connect(path).map_err(|error| anyhow!("{}", socket::refusal(path, &error)))?;
             let path = path.clone();
-            Ok((stream(socket, Box::new(move || UnixStream::connect(&path)))?, None))
+            Ok((stream(socket, Box::new(move || socket::connect(&path)))?, None))
         }
     }
 }
@@ -102,17 +102,6 @@ fn open_backend(net: &NetConfig) -> anyhow::Result<(Backend, Option<Mac>)> {
 fn stream(socket: UnixStream, reconnect: Reconnect) -> anyhow::Result<Backend> {
     let port: Box<dyn Port> = Box::new(Stream::new(socket, reconnect)?);
     Ok(Backend::new(vec![port], Offloads::NONE))
-}
-
-fn not_connected(path: &Path, error: &io::Error) -> String {
-    let path = path.display();
-    match error.kind() {
-        io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => {
-            format!("nobody listens there; start \"passt --socket {path}\", or let skiff start it: --net passt")
-        }
-        io::ErrorKind::PermissionDenied => "permission denied; passt and skiff must run as the same user".to_owned(),
-        _ => error.to_string(),
-    }
 }
 
 /// The address of the interface at `number` when none is given: it follows from the host, what the machine boots from, and
@@ -126,4 +115,40 @@ fn derive(config: &VmConfig, number: usize) -> Mac {
     let mut identity: Vec<&[u8]> = vec![&host, network.as_bytes(), &number];
     identity.extend(files.iter().map(Vec::as_slice));
     Mac::derived(&identity)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::{Place, Request};
+
+    fn addresses(settings: &[(&str, &str)]) -> Vec<Mac> {
+        let mut request = Request::default();
+        for (key, value) in settings {
+            request.set(&Place::flag(key, value), key, value).unwrap();
+        }
+        let config = request.resolve().unwrap();
+        (0..config.nets.len()).map(|number| derive(&config, number)).collect()
+    }
+
+    #[test]
+    fn an_address_follows_from_the_machine() {
+        let plain = [("kernel", "/k"), ("net", "tap=tap0"), ("net", "passt")];
+        let [first, second] = addresses(&plain)[..] else { panic!("two interfaces") };
+        assert_ne!(first, second);
+        assert_eq!(addresses(&plain), [first, second], "the same each time");
+        // What an interface may do, and how it shows itself, is no part of what it is.
+        assert_eq!(
+            addresses(&[("kernel", "/k"), ("net", "tap=tap0,mtu=9000,pps=5,id=lan"), ("net", "passt")]),
+            [first, second]
+        );
+        for other in [
+            &[("kernel", "/l"), ("net", "tap=tap0")][..],
+            &[("kernel", "/k"), ("initrd", "/i"), ("net", "tap=tap0")],
+            &[("kernel", "/k"), ("disk", "/d"), ("net", "tap=tap0")],
+            &[("kernel", "/k"), ("net", "tap=tap1")],
+        ] {
+            assert_ne!(addresses(other), [first], "{other:?}");
+        }
+    }
 }

@@ -2,8 +2,9 @@
 //! passt(1), which gives a machine the network of the host without any right there: started by skiff on one end of a socket
 //! pair, and ended by the end of that. Main thread; started anew on a worker's thread.
 
+use std::fs;
 use std::io::{self, ErrorKind, Read};
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::process::{Child, ChildStderr, Command, Stdio};
@@ -102,6 +103,7 @@ impl Passt {
         let (ours, theirs) = UnixStream::pair()?;
         // While it may be inherited no other child may start, or the connection would not end with passt.
         let _alone = SPAWNING.lock().unwrap_or_else(PoisonError::into_inner);
+        keep_all_files()?;
         // SAFETY: numbers only; the descriptor is ours.
         if unsafe { libc::fcntl(theirs.as_raw_fd(), libc::F_SETFD, 0) } < 0 {
             return Err(io::Error::last_os_error());
@@ -114,6 +116,18 @@ impl Passt {
         let words = child.stderr.take().expect("its standard error is a pipe");
         Ok(Starting { child, words, socket: ours })
     }
+}
+
+/// From now on no child inherits any file that is open here, whoever opened it: eventfds, and what skiff was started with.
+fn keep_all_files() -> io::Result<()> {
+    for entry in fs::read_dir("/proc/self/fd")? {
+        let fd = entry?.file_name().to_str().and_then(|number| number.parse().ok());
+        if let Some(fd) = fd.filter(|fd: &RawFd| *fd > libc::STDERR_FILENO) {
+            // SAFETY: numbers only. One that was closed since is none that a child inherits.
+            unsafe { libc::fcntl(fd, libc::F_SETFD, libc::FD_CLOEXEC) };
+        }
+    }
+    Ok(())
 }
 
 /// Its option for a forward: `[ADDRESS/]PORTS:PORTS`.

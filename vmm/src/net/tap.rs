@@ -206,7 +206,9 @@ fn create(name: Option<&str>, address: (Ipv4Addr, u8), queues: u16, mtu: Option<
     interface.set_address(ip, bits).with_context(|| format!("giving {name} the address {ip}/{bits}"))?;
     interface.bring_up().with_context(|| format!("bringing {name} up"))?;
     tracing::info!("net: created {name} with the address {ip}/{bits}");
-    Ok(OpenTap { queues: files, reopen: None, mac: None })
+    // Should it be removed, one that somebody makes in its place does as well.
+    let reopen = Some(Way::Tap { name, flags: FLAGS | several });
+    Ok(OpenTap { queues: files, reopen, mac: None })
 }
 
 fn handed_in(fd: RawFd) -> anyhow::Result<OpenTap> {

@@ -118,6 +118,12 @@ pub trait Port: Send {
     /// until it is true; tries to connect to it again if that is what it takes. Offloads and [`Port::set_enabled`] are as they
     /// were set last then.
     fn is_up(&mut self) -> bool;
+
+    /// Whether it still is, once it was, as far as looking tells; changes nothing. Asked about once a second, and when who moves
+    /// frames in our place fails: not every file tells of its own accord that the host's side is gone.
+    fn is_still_up(&self) -> bool {
+        true
+    }
 }
 
 /// The host's side of a whole device. Outlives the device: a machine that is built again shows it to the next one.

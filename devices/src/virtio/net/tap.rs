@@ -9,9 +9,9 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 
 use libc::{
     IFF_ATTACH_QUEUE, IFF_DETACH_QUEUE, TUN_F_CSUM, TUN_F_TSO_ECN, TUN_F_TSO4, TUN_F_TSO6, TUN_F_UFO, TUN_F_USO4,
-    TUN_F_USO6, TUNSETOFFLOAD, TUNSETQUEUE, TUNSETVNETHDRSZ, c_int, c_short, c_uint,
+    TUN_F_USO6, TUNGETIFF, TUNSETOFFLOAD, TUNSETQUEUE, TUNSETVNETHDRSZ, c_int, c_short, c_uint,
 };
-use vmm_sys_util::ioctl::{ioctl_with_ref, ioctl_with_val};
+use vmm_sys_util::ioctl::{ioctl_with_mut_ref, ioctl_with_ref, ioctl_with_val};
 
 use super::backend::{Failure, HEADER, Offloads, Port};
 use super::buffers::Buffers;
@@ -110,14 +110,27 @@ impl Port for Tap {
 
     /// Up, or made anew and up.
     fn is_up(&mut self) -> bool {
-        let events = poll(self.file());
-        if events & libc::POLLERR == 0 {
-            return events & libc::POLLOUT != 0;
+        if !is_attached(self.file()) {
+            let Some(Ok(file)) = self.reopen.as_mut().map(|reopen| reopen()) else { return false };
+            self.file = file;
+            if self.set_up().is_err() {
+                return false;
+            }
         }
-        let Some(Ok(file)) = self.reopen.as_mut().map(|reopen| reopen()) else { return false };
-        self.file = file;
-        self.set_up().is_ok() && poll(self.file()) & libc::POLLOUT != 0
+        self.is_still_up()
     }
+
+    fn is_still_up(&self) -> bool {
+        is_attached(self.file()) && poll(self.file()) & libc::POLLOUT != 0
+    }
+}
+
+/// Whether there is an interface that `file` is a queue of. (poll(2) tells that of a TAP, but not of a macvtap.)
+fn is_attached(file: BorrowedFd<'_>) -> bool {
+    // SAFETY: all zero is a valid ifreq.
+    let mut request: libc::ifreq = unsafe { mem::zeroed() };
+    // SAFETY: the kernel fills in an ifreq.
+    check(unsafe { ioctl_with_mut_ref(&file, TUNGETIFF, &mut request) }).is_ok()
 }
 
 /// TUN_F_* (linux/if_tun.h). The kernel does UDP segmentation for IPv4 and IPv6 together or not at all.

@@ -3,6 +3,8 @@
 //! from the doorbell's eventfd to the interrupt's. Owned by the back end; started and stopped by the worker of the pair, which
 //! has nothing else to do then but to watch.
 
+mod rings;
+
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
@@ -18,6 +20,7 @@ use vmm_sys_util::ioctl::{
     _IOC_NONE, _IOC_READ, _IOC_WRITE, ioctl, ioctl_expr, ioctl_with_mut_ref, ioctl_with_ptr, ioctl_with_ref,
 };
 
+use self::rings::Rings;
 use crate::virtio::device::{ActiveQueue, Interrupt};
 use crate::virtio::queue::QueueLayout;
 
@@ -30,10 +33,14 @@ const SET_MEM_TABLE: c_ulong = ioctl_expr(_IOC_WRITE, TYPE, 0x03, 8);
 const SET_VRING_NUM: c_ulong = ioctl_expr(_IOC_WRITE, TYPE, 0x10, size_of::<Number>() as u32);
 const SET_VRING_ADDR: c_ulong = ioctl_expr(_IOC_WRITE, TYPE, 0x11, size_of::<Addresses>() as u32);
 const SET_VRING_BASE: c_ulong = ioctl_expr(_IOC_WRITE, TYPE, 0x12, size_of::<Number>() as u32);
+const GET_VRING_BASE: c_ulong = ioctl_expr(_IOC_READ | _IOC_WRITE, TYPE, 0x12, size_of::<Number>() as u32);
 const SET_VRING_KICK: c_ulong = ioctl_expr(_IOC_WRITE, TYPE, 0x20, size_of::<Number>() as u32);
 const SET_VRING_CALL: c_ulong = ioctl_expr(_IOC_WRITE, TYPE, 0x21, size_of::<Number>() as u32);
 const SET_VRING_ERR: c_ulong = ioctl_expr(_IOC_WRITE, TYPE, 0x22, size_of::<Number>() as u32);
 const NET_SET_BACKEND: c_ulong = ioctl_expr(_IOC_WRITE, TYPE, 0x30, size_of::<Number>() as u32);
+
+/// The file that stands for none (VHOST_NET_SET_BACKEND).
+const NOTHING: RawFd = -1;
 
 /// `struct vhost_vring_state` and `struct vhost_vring_file`: a number, or a descriptor, for one of the two queues.
 #[repr(C)]
@@ -123,6 +130,7 @@ struct KernelQueue {
     /// Its number in the pair: 0 to the driver, 1 from it.
     side: u32,
     index: u16,
+    rings: Rings,
     /// What the kernel polls.
     _kick: EventFd,
     /// What the kernel writes; ours to pass on if it is not that of an interrupt.
@@ -134,7 +142,7 @@ struct KernelQueue {
 pub(super) struct Running {
     vhost: Arc<Vhost>,
     queues: Vec<KernelQueue>,
-    /// Readable when the kernel found a ring broken.
+    /// Written by the kernel when it can do nothing with a ring.
     broken: EventFd,
     _memory: Arc<GuestMemoryMmap>,
 }
@@ -176,6 +184,7 @@ impl Running {
             let host = memory.get_host_address(GuestAddress(address));
             host.map(|pointer| pointer as u64).map_err(io::Error::other)
         };
+        let rings = Rings::new(memory, &queue.layout()).ok_or_else(|| io::Error::other("rings outside of memory"))?;
         let event = interrupt.queue_event(index);
         let relayed = event.is_none();
         let call = event.map_or_else(|| EventFd::new(EFD_NONBLOCK), Ok)?;
@@ -188,18 +197,45 @@ impl Running {
         vhost.set_number(SET_VRING_KICK, side, kick.as_raw_fd())?;
         vhost.set_number(SET_VRING_CALL, side, call.as_raw_fd())?;
         vhost.set_number(SET_VRING_ERR, side, self.broken.as_raw_fd())?;
-        self.queues.push(KernelQueue { side, index, _kick: kick, call, relayed });
+        self.queues.push(KernelQueue { side, index, rings, _kick: kick, call, relayed });
         Ok(())
     }
 
-    /// Lets frames pass to and from `tap`, or stops them and waits until none is under way. Goes on where it stopped.
-    pub(super) fn connect(&self, tap: Option<BorrowedFd<'_>>) -> io::Result<()> {
-        const NOTHING: RawFd = -1;
-        let fd = tap.map_or(NOTHING, |tap| tap.as_raw_fd());
+    /// Lets frames pass to and from `tap`, from where they stopped.
+    ///
+    /// # Errors
+    /// If the kernel takes no such file, or it is of an interface that is gone.
+    pub(super) fn connect(&self, tap: BorrowedFd<'_>) -> io::Result<()> {
+        self.set_tap(tap.as_raw_fd())
+    }
+
+    /// Stops them; none is under way afterwards. What was said of broken rings is forgotten: a ring that is broken still is when
+    /// frames pass again. Buffers of frames that were taken and not sent are given back to the driver. Returns how many could not
+    /// be found any more: their driver has lost them.
+    pub(super) fn disconnect(&self) -> io::Result<u16> {
+        self.set_tap(NOTHING)?;
+        // Nothing there if nothing was said.
+        let _ = self.broken.read();
+        let mut lost = 0;
+        for queue in &self.queues {
+            let mut base = Number { queue: queue.side, value: 0 };
+            // SAFETY: the kernel reads the number of a queue, and fills in the index of what it takes next.
+            check(unsafe { ioctl_with_mut_ref(&self.vhost.device, GET_VRING_BASE, &mut base) })?;
+            let (given, unknown) = queue.rings.use_forgotten(base.value.cast_unsigned() as u16);
+            lost += unknown;
+            if given > 0 {
+                // Full only if it is readable already.
+                let _ = queue.call.write(1);
+            }
+        }
+        Ok(lost)
+    }
+
+    fn set_tap(&self, fd: RawFd) -> io::Result<()> {
         self.queues.iter().try_for_each(|queue| self.vhost.set_number(NET_SET_BACKEND, queue.side, fd))
     }
 
-    /// Readable when the driver broke a ring.
+    /// Readable when the kernel can do nothing with a ring: the driver broke it, or the interface is gone.
     pub(super) fn broken(&self) -> &EventFd {
         &self.broken
     }
@@ -213,7 +249,7 @@ impl Running {
 impl Drop for Running {
     /// The rings are the driver's again afterwards.
     fn drop(&mut self) {
-        self.connect(None).expect("the kernel lets go of a queue");
+        self.set_tap(NOTHING).expect("the kernel lets go of a queue");
     }
 }
 

@@ -16,7 +16,7 @@ pub(super) const PORT: u64 = 2;
 pub(super) const STOP: u64 = 3;
 /// The driver has a command, or settings changed.
 pub(super) const SETTINGS: u64 = 4;
-/// The kernel found a ring broken.
+/// The kernel can do nothing with a ring.
 pub(super) const BROKEN: u64 = 5;
 /// Plus the number of a queue: the kernel used buffers of it, and nobody else tells the driver.
 pub(super) const RELAY: u64 = 1 << 32;

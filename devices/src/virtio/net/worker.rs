@@ -26,7 +26,7 @@ use super::wakeups::{self, Wakeups};
 use crate::log_limit::LogLimit;
 use crate::virtio::device::{ActiveQueue, Interrupt};
 
-use self::host::LOOK;
+use self::host::{LOOK, WATCH};
 
 mod host;
 
@@ -78,8 +78,10 @@ pub(super) struct PairWorker {
     has_frames: bool,
     /// The port passes nothing until it is back.
     lost: bool,
-    /// When to look whether it is.
+    /// When to look whether it is, or still is.
     next_look: Instant,
+    /// The kernel can do nothing with a ring, and it is not known why.
+    stuck: bool,
 }
 
 impl PairWorker {
@@ -135,6 +137,7 @@ impl PairWorker {
             has_frames: true,
             lost: false,
             next_look,
+            stuck: false,
         })
     }
 
@@ -166,10 +169,10 @@ impl PairWorker {
             self.watch_port(port)?;
             self.wakeups.wait(if awake { 0 } else { self.patience() })?;
             self.disable_notification();
-            if self.awaken()? {
+            if self.awaken() {
                 return Ok(());
             }
-            self.look_for(port);
+            self.look_at(port)?;
         }
     }
 
@@ -355,17 +358,17 @@ impl PairWorker {
         !self.lost && self.pair < self.copy.settings.pairs
     }
 
-    /// Milliseconds until a limit lets a frame pass, or a lost port is looked for; -1 if neither.
+    /// Milliseconds until a limit lets a frame pass, or the port is looked at.
     fn patience(&self) -> i32 {
         // A gate that nobody comes to stays as it is, however long it has been due.
         let rx = self.rx.as_ref().filter(|_| self.receives());
         let gates = [rx.map(|rx| &rx.gate), self.tx.as_ref().map(|tx| &tx.gate)];
         let gates = gates.into_iter().flatten().filter_map(Gate::patience);
-        gates.chain(self.lost.then_some(LOOK)).min().map_or(-1, millis)
+        millis(gates.fold(if self.lost { LOOK } else { WATCH }, Duration::min))
     }
 
     /// Notes what woke the worker; `true` if it is to stop.
-    fn awaken(&mut self) -> Result<bool, Broken> {
+    fn awaken(&mut self) -> bool {
         if self.wakeups.port_is_gone() && !self.lost {
             // It may take a moment until the port itself notices, and this is said once.
             self.lose("it is gone");
@@ -380,7 +383,9 @@ impl PairWorker {
         for queue in self.wakeups.relayed() {
             self.context.interrupt.queue(queue);
         }
-        if self.wakeups.woke(wakeups::BROKEN) { Err(Broken::Kernel) } else { Ok(self.wakeups.woke(wakeups::STOP)) }
+        // A port that is gone is no ring that is broken.
+        self.stuck = self.wakeups.woke(wakeups::BROKEN) && !self.lost;
+        self.wakeups.woke(wakeups::STOP)
     }
 }
 

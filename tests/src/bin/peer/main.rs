@@ -4,9 +4,11 @@
 mod content;
 mod names;
 mod packet;
+mod tap;
 mod tcp;
 mod udp;
 
+use std::ffi::OsString;
 use std::net::{TcpListener, UdpSocket};
 use std::thread;
 use std::time::Duration;
@@ -23,6 +25,8 @@ enum Command {
     Tcp { address: String, streams: u64, up: u64, down: u64 },
     /// Have datagrams sent back
     Udp { address: String, count: usize, smallest: usize, largest: usize },
+    /// Send datagrams to somebody who need not be there
+    Shout { address: String, count: usize },
     /// Requests and responses of one byte over TCP
     Requests { address: String, seconds: u64 },
     /// Answer raw frames
@@ -35,6 +39,8 @@ enum Command {
     Names { address: String },
     /// Send frames with odd headers for the device
     Odd { interface: String, count: u32 },
+    /// Open a queue of a TAP with these flags of TUNSETIFF, and leave it to a program that takes the place of this one
+    HandIn { interface: String, flags: String, number: i32, command: Vec<OsString> },
 }
 
 fn main() -> anyhow::Result<()> {
@@ -42,12 +48,14 @@ fn main() -> anyhow::Result<()> {
         Command::Serve { port } => serve(port),
         Command::Tcp { address, streams, up, down } => tcp::transfer(&address, streams, up, down),
         Command::Udp { address, count, smallest, largest } => udp::exchange(&address, count, smallest, largest),
+        Command::Shout { address, count } => udp::shout(&address, count),
         Command::Requests { address, seconds } => tcp::requests(&address, Duration::from_secs(seconds)),
         Command::Echo { interface } => packet::echo(&interface),
         Command::Frames { interface, sizes } => packet::ask(&interface, &all_sizes(&sizes)?),
         Command::Flood { interface } => packet::flood(&interface),
         Command::Names { address } => names::serve(&address),
         Command::Odd { interface, count } => packet::odd_headers(&interface, count),
+        Command::HandIn { interface, flags, number, command } => tap::hand_in(&interface, &flags, number, &command),
     }
 }
 

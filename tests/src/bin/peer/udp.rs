@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::io::ErrorKind;
 use std::net::UdpSocket;
+use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context, ensure};
@@ -33,6 +34,18 @@ pub(crate) fn serve(socket: &UdpSocket, content: &Content) -> anyhow::Result<()>
             println!("{client}: a datagram of {size} bytes is not what was sent");
         }
     }
+}
+
+/// `count` datagrams of 100 bytes that nobody answers, no faster than a queue of an interface takes them.
+pub(crate) fn shout(address: &str, count: usize) -> anyhow::Result<()> {
+    let (content, socket) = (Content::new(), UdpSocket::bind("0.0.0.0:0")?);
+    for number in 0..count {
+        socket.send_to(&datagram(&content, number as u64, 100), address)?;
+        if number % WINDOW == 0 {
+            thread::sleep(Duration::from_millis(1));
+        }
+    }
+    Ok(())
 }
 
 /// `count` datagrams of sizes from `smallest` to `largest`, spread evenly.

@@ -3,6 +3,7 @@
 mod changes;
 mod frames;
 mod limits;
+mod macvtap;
 mod passt;
 mod transfers;
 

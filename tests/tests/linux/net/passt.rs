@@ -1,6 +1,8 @@
 //! passt: the host's network without a TAP interface, started by skiff or joined.
 
 use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use tests::{Network, Wired, assets, network};
@@ -29,7 +31,15 @@ fn reaches_the_host_and_is_reached() {
     let _names = network.start(Command::new(assets::peer()).args(["names", NAME_SERVER]));
     let _peer = network.serve(PORT);
 
-    let mut guest = Wired::new(&network, &initrd, 1).boot("passt,forward=tcp:2222:80,forward=udp:7002:7000");
+    let (path, pid) = watched(folder.path());
+    let machine = Wired::new(&network, &initrd, 1).started_by(&["env", &path]);
+    let keys = "mac=52:54:00:11:22:33,mtu=1480,ioeventfd=off";
+    let mut guest = machine.boot(&format!("passt,forward=tcp:2222:80,forward=udp:7002:7000,{keys}"));
+    let shown = guest.ask("cd /sys/class/net/eth0; cat address mtu");
+    assert_eq!(shown.lines().collect::<Vec<_>>(), ["52:54:00:11:22:33", "1480"]);
+    // A stream has no headers, so nothing can be left to anybody.
+    let offloads = guest.ask("ethtool -k eth0 | grep -E '^(tx-checksumming|tcp-segmentation-offload):'");
+    assert!(offloads.lines().all(|line| line.contains(": off")), "{offloads}");
     guest.ask(JOIN);
     assert!(guest.ask("ip -4 addr show dev eth0").contains("inet 198.51.100.1/24 "), "the host's address");
     let route = guest.ask("ip route | grep default");
@@ -47,8 +57,41 @@ fn reaches_the_host_and_is_reached() {
     guest.ask("mkdir /www && head -c 1000001 /dev/urandom >/www/file && httpd -p 80 -h /www");
     let fetch = format!("{} wget -q -O - http://127.0.0.1:2222/file | sha256sum", assets::guest("busybox").display());
     assert_eq!(network.run(["sh", "-c", &fetch]).trim(), guest.ask("sha256sum </www/file"));
+
+    // It ends, skiff starts another, and all is as before.
+    network.run(["kill", "-KILL", fs::read_to_string(&pid).unwrap().trim()]);
+    guest.ask("until [ $(cat /sys/class/net/eth0/carrier_down_count) -gt 0 ]; do usleep 10000; done");
+    guest.ask("until [ $(cat /sys/class/net/eth0/carrier) = 1 ]; do usleep 10000; done");
+    guest.ask(JOIN);
+    guest.ask(&format!("peer {}", tcp(Network::GATEWAY, 1, MIB, MIB)));
+    assert_eq!(network.run(["sh", "-c", &fetch]).trim(), guest.ask("sha256sum </www/file"));
     is_content(&mut guest);
     assert_eq!(guest.power_off().code, Some(0));
+    for start in 0..2 {
+        let files = fs::read_to_string(folder.path().join(format!("files.{start}"))).unwrap();
+        // Its three streams, of which ls(1) has one, the folder that ls reads, and the connection.
+        let known = |file: &&str| !["/dev/null", "pipe:", "/files.", "/proc/"].iter().any(|known| file.contains(known));
+        let others: Vec<_> =
+            files.lines().filter_map(|line| line.split_once("-> ")).map(|(_, file)| file).filter(known).collect();
+        assert!(matches!(others[..], [socket] if socket.starts_with("socket:")), "start {start}: {files}");
+    }
+}
+
+/// A passt that notes which files it has, at each start, and its number. The variable that makes skiff find it, and where the number is.
+fn watched(folder: &Path) -> (String, PathBuf) {
+    let (script, pid) = (folder.join("bin/passt"), folder.join("pid"));
+    fs::create_dir(folder.join("bin")).unwrap();
+    // It ends its days as nobody, who must be able to write there.
+    fs::set_permissions(folder, fs::Permissions::from_mode(0o777)).unwrap();
+    let folder = folder.display();
+    let words = format!(
+        "#!/bin/sh\nn=0; while [ -e {folder}/files.$n ]; do n=$((n+1)); done\nls -l /proc/self/fd >{folder}/files.$n\n\
+         PATH=${{PATH#*:}} exec passt --pid {} \"$@\"\n",
+        pid.display()
+    );
+    fs::write(&script, words).unwrap();
+    fs::set_permissions(&script, fs::Permissions::from_mode(0o755)).unwrap();
+    (format!("PATH={folder}/bin:{}:/usr/sbin:/sbin", std::env::var("PATH").unwrap_or_default()), pid)
 }
 
 #[test]

@@ -9,7 +9,7 @@ use super::{answer, dhcp_server, from_host, is_content, set_up_ipv6, tcp};
 const MIB: u32 = 1 << 20;
 
 /// Features of ethtool(8) that a driver can switch, and what they are without the backend's help.
-const OFFLOADS: [&str; 5] = ["tx", "tso", "gso", "gro", "sg"];
+const OFFLOADS: [&str; 6] = ["tx", "tso", "gso", "gro", "sg", "rx-gro-hw"];
 
 /// DHCP, and ping both ways over both protocols.
 fn meets(network: &Network, guest: &mut Machine, folder: &Path) {
@@ -75,6 +75,31 @@ fn changes_mtu(network: &Network, guest: &mut Machine) {
     }
 }
 
+/// What the control queue does beside pairs and offloads: another address, and frames to others.
+fn changes_filters(network: &Network, guest: &mut Machine) {
+    let before = guest.ask("cat /sys/class/net/eth0/address");
+    // The host has to be told, or it looks for the old one for a while.
+    for address in ["52:54:00:00:00:99", &before] {
+        guest.ask(&format!("ip link set eth0 address {address}"));
+        network.run(["ip", "neigh", "flush", "dev", "tap0"]);
+        from_host(network, &tcp("192.0.2.2", 1, MIB / 4, MIB / 4));
+    }
+    // To an address that is not the guest's: it comes only when the guest wants all.
+    network.run("ip neigh replace 192.0.2.9 lladdr 52:54:00:00:00:09 dev tap0".split(' '));
+    let seen = |guest: &mut Machine| {
+        guest.ask("cat /sys/class/net/eth0/statistics/rx_packets").parse::<u64>().expect("a number")
+    };
+    for (mode, comes) in [("off", false), ("on", true), ("off", false)] {
+        guest.ask(&format!("ip link set eth0 promisc {mode}"));
+        let before = seen(guest);
+        from_host(network, "shout 192.0.2.9:9 500");
+        // What was sent before this has come, or will not.
+        guest.ask("ping -c 1 -W 20 192.0.2.1");
+        let came = seen(guest) - before >= 500;
+        assert_eq!(came, comes, "promisc {mode}");
+    }
+}
+
 /// All of it, with this many pairs of queues.
 fn transfers(name: &str, queues: u32, vhost: bool) {
     let folder = tempfile::tempdir().unwrap();
@@ -93,6 +118,9 @@ fn transfers(name: &str, queues: u32, vhost: bool) {
         carries_a_file(&network, &mut guest, folder.path());
         switches_offloads(&network, &mut guest);
         changes_mtu(&network, &mut guest);
+        if !vhost {
+            changes_filters(&network, &mut guest);
+        }
     } else {
         guest.ask("ethtool -L eth0 combined 1");
         from_host(&network, &tcp("192.0.2.2", 2, MIB / 2, MIB / 2));

@@ -1,7 +1,9 @@
 //! What `--net` and `[[net]]` mean, and what they refuse.
 
+use std::num::NonZeroU64;
 use std::path::Path;
 
+use devices::virtio::net::MAX_PAIRS;
 use proptest::prelude::*;
 
 use super::*;
@@ -55,9 +57,13 @@ prop_compose! {
 
 fn any_source() -> impl Strategy<Value = TapSource> {
     let name = || "[a-z][a-z0-9-]{0,12}";
-    let address = (1..224_u8, any::<[u8; 3]>(), 1..=30_u8)
+    let address = (1..224_u8, any::<[u8; 3]>(), 1..=31_u8)
         .prop_filter("a loopback address", |(first, ..)| *first != 127)
-        .prop_map(|(a, [b, c, d], bits)| (Ipv4Addr::new(a, b, c, d), bits));
+        .prop_map(|(a, [b, c, d], bits)| (Ipv4Addr::new(a, b, c, d), bits))
+        .prop_filter("a network or a broadcast address", |(address, bits)| {
+            let hosts = u32::MAX >> bits;
+            *bits == 31 || ![0, hosts].contains(&(u32::from(*address) & hosts))
+        });
     prop_oneof![
         (name(), 1..=MAX_PAIRS).prop_map(|(name, queues)| TapSource::Named { name, queues }),
         (proptest::option::of(name()), address, 1..=MAX_PAIRS).prop_map(|(name, address, queues)| TapSource::New {
@@ -139,6 +145,25 @@ fn the_shortest_forms_have_every_default() {
 }
 
 #[test]
+fn a_host_has_any_address_of_its_network_that_is_a_hosts() {
+    // RFC 3021: of two addresses both are; in larger networks all but the first and the last (RFC 1122, 3.2.1.3).
+    for (host_ip, expected) in [
+        ("192.0.2.0/31", ([192, 0, 2, 0], 31)),
+        ("192.0.2.1/31", ([192, 0, 2, 1], 31)),
+        ("192.0.2.2/30", ([192, 0, 2, 2], 30)),
+        ("11.0.0.0/7", ([11, 0, 0, 0], 7)),
+        ("10.255.255.255/7", ([10, 255, 255, 255], 7)),
+    ] {
+        let NetBackend::Tap { source: TapSource::New { address, .. }, .. } =
+            one(&format!("tap=,host-ip={host_ip}")).backend
+        else {
+            panic!("{host_ip}")
+        };
+        assert_eq!(address, (Ipv4Addr::from(expected.0), expected.1));
+    }
+}
+
+#[test]
 fn every_setting_arrives() {
     let rate = NonZeroU64::new;
     let net =
@@ -213,8 +238,12 @@ fn complaints_name_the_setting_and_the_remedy() {
         ("tap=%d", format!("tap=%d: {NAME}")),
         ("tap=,host-ip=192.0.2.1", format!("host-ip=192.0.2.1: {HOST_IP}")),
         ("tap=,host-ip=fe80::1/64", format!("host-ip=fe80::1/64: {HOST_IP}")),
-        ("tap=,host-ip=192.0.2.1/31", "host-ip=192.0.2.1/31: a network of 1 to 30 bits leaves room for the host and the guest; \
+        ("tap=,host-ip=192.0.2.1/32", "host-ip=192.0.2.1/32: a network of 1 to 31 bits leaves room for the host and the guest; \
           write it like 192.0.2.1/24".to_owned()),
+        ("tap=,host-ip=192.0.2.0/24", "host-ip=192.0.2.0/24: this is the address of the network itself, and no interface's; \
+          write 192.0.2.1/24".to_owned()),
+        ("tap=,host-ip=192.0.2.7/29", "host-ip=192.0.2.7/29: this is the address of everybody in the network, and no interface's; \
+          write 192.0.2.1/29".to_owned()),
         ("tap=,host-ip=224.0.0.1/24", "host-ip=224.0.0.1/24: no interface can have this address; write it like 192.0.2.1/24".to_owned()),
         ("fd=x", format!("fd=x: {FD}")),
         ("fd=1", format!("fd=1: {FD}")),
