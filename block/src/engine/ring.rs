@@ -137,6 +137,11 @@ impl<R: Ring> RingEngine<R> {
         self.slots.len() - self.free.len()
     }
 
+    /// Whether all that is in the ring is still queued. More than that is, if the ring has something of its own to say.
+    fn is_stuck(&self) -> bool {
+        self.ring.queued() > 0 && self.ring.queued() >= self.in_slots()
+    }
+
     /// Takes completions out of the ring; returns whether there were any.
     fn reap_ring(&mut self, completions: &mut Vec<Completion>) -> bool {
         let mut finished = mem::take(&mut self.finished);
@@ -213,13 +218,14 @@ impl Slot {
     }
 }
 
-/// The result of the op, or `None` if the helper is to do it again: it was short, or the kernel cannot.
+/// The result of the op, or `None` if the helper is to do it again: it was short, or the kernel did not do it.
 fn judge(op: &Op, result: i64) -> Option<io::Result<()>> {
     match u64::try_from(result) {
         Ok(count) if op.kind == OpKind::Flush || count == length(op) => Some(Ok(())),
         Ok(_) => None,
         Err(_) => match (-result) as i32 {
-            libc::EAGAIN | libc::EINTR => None,
+            // ECANCELED: it was given up, which of a flush says nothing about what was written.
+            libc::EAGAIN | libc::EINTR | libc::ECANCELED => None,
             libc::EINVAL | libc::EOPNOTSUPP if op.kind == OpKind::Flush => None,
             errno => Some(Err(io::Error::from_raw_os_error(errno))),
         },
@@ -243,7 +249,7 @@ impl<R: Ring> Engine for RingEngine<R> {
             return;
         }
         self.submissions += self.ring.enter();
-        if self.ring.queued() == self.in_slots() && self.ring.queued() > 0 {
+        if self.is_stuck() {
             // No completion will bring us back here, and there is nothing else to do.
             thread::sleep(PAUSE);
             let _ = self.event.write(1);
@@ -253,8 +259,7 @@ impl<R: Ring> Engine for RingEngine<R> {
     fn reap(&mut self, completions: &mut Vec<Completion>) {
         let any = self.reap_ring(completions);
         let parked = !self.waiting.is_empty() || self.ring.queued() > 0;
-        let stuck = self.ring.queued() > 0 && self.ring.queued() == self.in_slots();
-        if stuck || any && parked {
+        if self.is_stuck() || any && parked {
             self.submit();
         } else if any {
             self.helper.submit();

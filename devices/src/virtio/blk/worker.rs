@@ -149,7 +149,14 @@ impl QueueWorker {
     fn abandon(&mut self) {
         let mut completions = mem::take(&mut self.completions);
         self.engine.abandon(&mut completions);
-        let not_done = completions.drain(..).filter(|completion| completion.result.is_err()).count();
+        let mut not_done = 0;
+        for Completion { op, result, .. } in completions.drain(..) {
+            match result {
+                Err(error) if error.raw_os_error() == Some(libc::ECANCELED) => not_done += 1,
+                Err(error) => self.log(describe(&op, &error)),
+                Ok(()) => {}
+            }
+        }
         if not_done > 0 {
             self.log(format_args!(
                 "queue {}: {not_done} requests were not done: the machine is stopped by force",
