@@ -94,7 +94,8 @@ fn the_hosts_interface_goes_and_comes_back() {
     let Some(network) = Network::new(name) else { return };
     let Some(initrd) = network::initrd(folder.path(), name) else { return };
     network.tap("tap0", 1);
-    let mut guest = Wired::new(&network, &initrd, 1).boot("tap=tap0");
+    // However fast the host is, a transfer lasts.
+    let mut guest = Wired::new(&network, &initrd, 1).keys(",rx-bps=2M,tx-bps=2M").boot("tap=tap0");
     set_up(&mut guest);
     let _peer = network.serve(super::PORT);
     let carrier = |state: u8| format!("until [ $(cat /sys/class/net/eth0/carrier) = {state} ]; do usleep 10000; done");
