@@ -313,8 +313,10 @@ impl PairWorker {
 
     /// Whether notifications of something that is there already were switched on too late.
     fn enable_notification(&mut self) -> bool {
-        // What the driver gives is of no use while the port blocks it, or there is enough.
-        let room = self.rx.as_mut().filter(|rx| rx.frames.lacks_room());
+        // What the driver gives is of no use while the port or a limit blocks it, or there is enough.
+        let receives = self.receives();
+        let lacks = |rx: &&mut Side<Receiver>| receives && rx.frames.lacks_room() && rx.gate.patience().is_none();
+        let room = self.rx.as_mut().filter(lacks);
         let room = room.is_some_and(|rx| rx.frames.queue.enable_notification());
         let frames = self.tx.as_mut().filter(|tx| !tx.blocked && tx.gate.patience().is_none());
         let frames = frames.is_some_and(|tx| tx.frames.queue.enable_notification());

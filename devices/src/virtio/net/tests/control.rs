@@ -177,6 +177,16 @@ fn pairs_receive_as_the_driver_says() {
 }
 
 #[test]
+fn room_wakes_nobody_for_a_pair_that_does_not_receive() {
+    let mut bench = Bench::with(2, PLAIN | MQ, 256);
+    for _ in 0..10 {
+        bench.queues[2].add(&[writable(DATA, 1526)]);
+    }
+    bench.activate();
+    bench.rests();
+}
+
+#[test]
 fn a_command_that_was_there_before_the_device_ran_is_answered() {
     // The worker that obeys it may be quicker than the start of the others.
     for _ in 0..50 {

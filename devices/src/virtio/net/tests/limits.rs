@@ -84,3 +84,18 @@ fn a_lost_port_is_not_waited_for_by_a_limit() {
     let spent: u64 = fs::read_to_string(thread).unwrap().split(' ').next().unwrap().parse().unwrap();
     assert!(spent < 200_000_000, "{spent} ns of a CPU, with nothing to do");
 }
+
+#[test]
+fn room_wakes_nobody_while_a_limit_holds() {
+    let mut bench = Bench::new(PLAIN | MRG_RXBUF | SEGMENTED, 256);
+    bench.net.limited = Limits { rx_bytes: NonZeroU64::new(1024), ..Limits::default() }.throttle(Instant::now());
+    // Each has room for any frame, so no more than one is taken in advance, and the others stay in the ring.
+    for at in 0..4 {
+        bench.queues[0].add(&[writable(DATA + 0x2_0000 * at, 0x1_1000)]);
+        bench.hosts[0].send(&frame(50_000)).unwrap();
+    }
+    bench.activate();
+    // The third would have to wait for a minute and a half.
+    bench.used(0, 2);
+    bench.rests();
+}

@@ -66,3 +66,19 @@ fn a_port_that_is_down_at_the_start_is_a_link_that_is_down() {
     bench.net.reset();
     assert_eq!(status(&bench), 1);
 }
+
+#[test]
+fn room_wakes_nobody_while_the_port_is_lost() {
+    let mut bench = Bench::new(PLAIN, 256);
+    bench.ends.down.store(true, Ordering::SeqCst);
+    for _ in 0..10 {
+        bench.queues[0].add(&[writable(DATA, 1526)]);
+    }
+    bench.activate();
+    wait(&bench.lines.config);
+    bench.rests();
+    bench.ends.down.store(false, Ordering::SeqCst);
+    wait(&bench.lines.config);
+    bench.hosts[0].send(&frame(100)).unwrap();
+    assert_eq!(bench.used(0, 1)[0].1, 112);
+}

@@ -6,6 +6,8 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::net::UnixDatagram;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering, fence};
+use std::thread;
+use std::time::Duration;
 
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
@@ -54,6 +56,8 @@ struct Ends {
     offloads: AtomicU8,
     /// How often a frame was asked for.
     receives: AtomicU64,
+    /// How often the file was asked for, as the worker does before it sleeps.
+    files: AtomicU64,
     /// A bit a port that takes part.
     enabled: AtomicU8,
     /// How often a port was looked for, and by which thread: where proc(5) tells of it.
@@ -82,6 +86,7 @@ fn failure(error: io::Error) -> Failure {
 
 impl Port for SocketPort {
     fn file(&self) -> BorrowedFd<'_> {
+        self.ends.files.fetch_add(1, Ordering::SeqCst);
         self.socket.as_fd()
     }
     fn receive(&mut self, room: &Buffers<'_>) -> Result<usize, Failure> {
@@ -276,6 +281,16 @@ impl Bench {
             }
         }
         used
+    }
+
+    /// Sees that the worker has nothing to do: one that never sleeps asks for its file thousands of times meanwhile, one that
+    /// looks for a lost port four times a second does for that.
+    fn rests(&self) {
+        let files = || self.ends.files.load(Ordering::SeqCst);
+        let before = files();
+        thread::sleep(Duration::from_millis(300));
+        let asked = files() - before;
+        assert!(asked < 100, "looked {asked} times, with nothing to do");
     }
 
     fn counted(&self) -> PairSnapshot {
