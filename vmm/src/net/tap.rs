@@ -88,12 +88,14 @@ enum Way {
 
 impl Way {
     /// # Errors
-    /// ENODEV if there is no such interface: none is created.
+    /// ENODEV if there is no such interface: none is created. [`ErrorKind::ResourceBusy`] if another program has it for now.
     fn open(&self) -> io::Result<File> {
         match self {
             Self::Tap { name, flags } => {
                 Interface::find(name)?;
-                attach(name, *flags).map(|(file, _)| file)
+                let (file, _) = attach(name, *flags)?;
+                // Whoever makes it anew has a queue of it for a moment, and as long as somebody has it stays as that one wanted.
+                if flags_of(&file)?.1 & FLAGS == FLAGS { Ok(file) } else { Err(ErrorKind::ResourceBusy.into()) }
             }
             Self::Macvtap(name) => open(&macvtap_file(&Interface::find(name)?)),
         }
@@ -304,4 +306,32 @@ fn tun_refusal(error: &io::Error) -> String {
 
 fn check(result: c_int) -> io::Result<()> {
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+#[cfg(test)]
+mod tests {
+    use libc::TUNSETPERSIST;
+    use vmm_sys_util::ioctl::ioctl_with_val;
+
+    use super::*;
+
+    #[test]
+    fn what_another_program_has_is_not_opened_again_without_headers() {
+        // SAFETY: it concerns this thread only.
+        let alone = unsafe { libc::unshare(libc::CLONE_NEWNET) } == 0;
+        if !alone || open(&TUN.into()).is_err() {
+            println!("SKIPPED skiff::net::tap: no network namespaces or no {TUN} for this user");
+            return;
+        }
+        let way = Way::Tap { name: "tap0".to_owned(), flags: FLAGS | IFF_MULTI_QUEUE };
+        assert_eq!(way.open().unwrap_err().raw_os_error(), Some(libc::ENODEV));
+        // As ip-tuntap(8) makes it, which ends then.
+        let (maker, _) = attach("tap0", IFF_TAP | IFF_NO_PI | IFF_MULTI_QUEUE).unwrap();
+        // SAFETY: the argument is a number.
+        check(unsafe { ioctl_with_val(&maker, TUNSETPERSIST, 1) }).unwrap();
+        assert_eq!(way.open().unwrap_err().kind(), ErrorKind::ResourceBusy);
+        drop(maker);
+        let queues = [way.open().unwrap(), way.open().unwrap()];
+        assert_eq!(flags_of(&queues[1]).unwrap().1 & IFF_VNET_HDR, IFF_VNET_HDR);
+    }
 }
