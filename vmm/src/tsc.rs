@@ -3,6 +3,8 @@
 //!
 //! Specification: AMD APM volume 3, leaf 8000_0007h; Linux, Documentation/virt/kvm/api.rst.
 
+use std::fs;
+
 use kvm_bindings::{CpuId, KVM_CLOCK_TSC_STABLE, kvm_clock_data, kvm_enable_cap};
 use kvm_ioctls::{Cap, MsrExitReason, MsrFilterDefaultAction, MsrFilterRange, MsrFilterRangeFlags, VmFd};
 
@@ -14,21 +16,28 @@ use crate::cpuid;
 const HWCR: u32 = 0xc001_0015;
 const HWCR_TSC_FREQ_SEL: u64 = 1 << 24;
 
-/// Whether the counters of `vm`, all of whose vCPUs are there, are invariant and the guest may know: the processor says
-/// so, or KVM reads its own clock from them. There is no migration that could end it.
+/// Whether the counters of `vm`, all of whose vCPUs are there, are invariant and the guest may know: KVM reads its own clock from
+/// them, and they are promised by the processor or the host's clock too. There is no migration that could end it.
 pub(crate) fn is_invariant(vm: &VmFd, supported: &CpuId) -> bool {
-    let invariant = cpuid::has_invariant_tsc(supported) || keeps_time_by_tsc(vm);
+    let invariant = keeps_time_by_tsc(vm) && (cpuid::has_invariant_tsc(supported) || is_hosts_clock());
     let known =
         |error: &_| tracing::info!("KVM does not filter HWCR ({error}); the guest will watch its time stamp counter");
     invariant && (!cpuid::is_amd(supported) || filter_hwcr(vm).inspect_err(known).is_ok())
 }
 
-/// KVM reads its clock from the counters only when the host's kernel keeps its time by the processor's, which it watches,
-/// and those of all vCPUs agree. A processor that is itself emulated may run such a counter without a word in CPUID.
+/// KVM reads its clock from the counters only when the host's kernel keeps its time by the processor's, which it watches and may
+/// have found wanting whatever CPUID says, and those of all vCPUs agree.
 fn keeps_time_by_tsc(vm: &VmFd) -> bool {
     // Setting the clock makes KVM look at the counters now, and not when a vCPU first runs.
     let clock = vm.set_clock(&kvm_clock_data::default()).and_then(|()| vm.get_clock());
     clock.is_ok_and(|clock| clock.flags & KVM_CLOCK_TSC_STABLE != 0)
+}
+
+/// Whether the host's kernel keeps its time by the counter as it is, and not scaled by a hypervisor that may change the scale.
+/// A processor that is itself emulated may run such a one without a word in CPUID.
+fn is_hosts_clock() -> bool {
+    let clock = fs::read_to_string("/sys/devices/system/clocksource/clocksource0/current_clocksource");
+    clock.is_ok_and(|name| name.trim() == "tsc")
 }
 
 /// Has the guest's reads of HWCR come to [`read_filtered`].
