@@ -103,7 +103,7 @@ impl Passt {
         let (ours, theirs) = UnixStream::pair()?;
         // While it may be inherited no other child may start, or the connection would not end with passt.
         let _alone = SPAWNING.lock().unwrap_or_else(PoisonError::into_inner);
-        keep_all_files()?;
+        keep_all_files().map_err(|error| io::Error::other(format!("/proc/self/fd: {error}")))?;
         // SAFETY: numbers only; the descriptor is ours.
         if unsafe { libc::fcntl(theirs.as_raw_fd(), libc::F_SETFD, 0) } < 0 {
             return Err(io::Error::last_os_error());
