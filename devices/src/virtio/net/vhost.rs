@@ -212,12 +212,12 @@ impl Running {
     /// Stops them; none is under way afterwards. What was said of broken rings is forgotten: a ring that is broken still is when
     /// frames pass again. Buffers of frames that were taken and not sent are given back to the driver. Returns how many could not
     /// be found any more: their driver has lost them.
-    pub(super) fn disconnect(&self) -> io::Result<u16> {
+    pub(super) fn disconnect(&mut self) -> io::Result<u16> {
         self.set_tap(NOTHING)?;
         // Nothing there if nothing was said.
         let _ = self.broken.read();
         let mut lost = 0;
-        for queue in &self.queues {
+        for queue in &mut self.queues {
             let mut base = Number { queue: queue.side, value: 0 };
             // SAFETY: the kernel reads the number of a queue, and fills in the index of what it takes next.
             check(unsafe { ioctl_with_mut_ref(&self.vhost.device, GET_VRING_BASE, &mut base) })?;

@@ -20,6 +20,8 @@ pub(super) struct Rings {
     size: u16,
     available: Area,
     used: Area,
+    /// Forgotten chains that could not be found.
+    unknown: u16,
 }
 
 impl Rings {
@@ -28,7 +30,7 @@ impl Rings {
         let entries = usize::from(layout.size);
         let available = Area::new(memory, GuestAddress(layout.driver), ENTRIES + AVAILABLE * entries)?;
         let used = Area::new(memory, GuestAddress(layout.device), ENTRIES + USED * entries)?;
-        let rings = Self { size: layout.size, available, used };
+        let rings = Self { size: layout.size, available, used, unknown: 0 };
         // No chain has this head, so what nobody used yet is not taken for something that was.
         (0..layout.size).for_each(|number| rings.used.store_long(rings.place(number, USED), u32::MAX));
         Some(rings)
@@ -36,10 +38,10 @@ impl Rings {
 
     /// Uses, with nothing in them, all chains that were taken and not used; the next to be taken is number `taken` of the available
     /// ring. Nobody else may be at work on the rings but the driver. Returns how many there were, and how many of them cannot be found
-    /// any more.
-    pub(super) fn use_forgotten(&self, taken: u16) -> (u16, u16) {
+    /// any more; they are not looked for again.
+    pub(super) fn use_forgotten(&mut self, taken: u16) -> (u16, u16) {
         let used = self.used.load(INDEX, Ordering::Acquire);
-        let missing = taken.wrapping_sub(used);
+        let missing = taken.wrapping_sub(used).wrapping_sub(self.unknown);
         // More than there can be: the driver wrote to a ring that is not its own, and must see for itself.
         if missing > self.size {
             return (0, 0);
@@ -52,6 +54,7 @@ impl Rings {
         }
         let count = found.len() as u16;
         self.used.store(INDEX, used.wrapping_add(count), Ordering::Release);
+        self.unknown = self.unknown.wrapping_add(missing - count);
         (count, missing - count)
     }
 
@@ -183,6 +186,7 @@ mod tests {
         queue.memory.write_obj([0, 0x4000_u16], GuestAddress(LAYOUT.driver)).unwrap();
         queue.memory.write_obj(0_u16, GuestAddress(LAYOUT.device + 2)).unwrap();
         assert_eq!(queue.rings.use_forgotten(queue.taken), (0, 1));
+        assert_eq!(queue.rings.use_forgotten(queue.taken), (0, 0));
     }
 
     proptest! {

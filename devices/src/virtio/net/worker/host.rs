@@ -55,7 +55,7 @@ impl PairWorker {
             self.log(format_args!("the host's side is lost: {why}; the link is down until it is back"));
             self.context.interrupt.config();
         }
-        match self.kernel.as_ref().map(Running::disconnect) {
+        match self.kernel.as_mut().map(Running::disconnect) {
             None | Some(Ok(0)) => {}
             Some(Ok(lost)) => {
                 self.log(format_args!("{lost} buffers are lost to the driver until it resets the interface"));
