@@ -111,7 +111,8 @@ pub trait Port: Send {
     /// lost, it holds from when that is back.
     fn set_offloads(&mut self, offloads: Offloads) -> io::Result<()>;
 
-    /// Whether this port takes part, as one of several; with `false` it receives nothing. All do at first.
+    /// Whether this port takes part, as one of several; with `false` it receives nothing. All do at first. If it fails because the
+    /// host's side is lost, it holds from when that is back.
     fn set_enabled(&mut self, enabled: bool) -> io::Result<()>;
 
     /// Whether the host's side is there and up. Asked when the device starts, and after [`Failure::Lost`] several times a second

@@ -6,6 +6,7 @@ use std::fs::File;
 use std::io;
 use std::mem;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::unix::fs::MetadataExt;
 
 use libc::{
     IFF_ATTACH_QUEUE, IFF_DETACH_QUEUE, TUN_F_CSUM, TUN_F_TSO_ECN, TUN_F_TSO4, TUN_F_TSO6, TUN_F_UFO, TUN_F_USO4,
@@ -24,7 +25,8 @@ pub type Reopen = Box<dyn FnMut() -> io::Result<File> + Send>;
 pub struct Tap {
     file: File,
     reopen: Option<Reopen>,
-    offloads: Offloads,
+    /// What it was told last. They are the interface's, and of several queues only one is told.
+    offloads: Option<Offloads>,
     enabled: bool,
 }
 
@@ -35,8 +37,9 @@ impl Tap {
     /// # Errors
     /// If the kernel refuses headers of [`HEADER`] bytes, or frames without offloads: `file` is no such queue.
     pub fn new(file: File, reopen: Option<Reopen>) -> io::Result<Self> {
-        let mut tap = Self { file, reopen, offloads: Offloads::NONE, enabled: true };
+        let mut tap = Self { file, reopen, offloads: None, enabled: true };
         tap.set_up()?;
+        tap.tell_offloads(Offloads::NONE)?;
         Ok(tap)
     }
 
@@ -57,10 +60,22 @@ impl Tap {
         let header = c_int::try_from(HEADER).expect("it is 12");
         // SAFETY: the kernel reads one int.
         check(unsafe { ioctl_with_ref(&self.file, TUNSETVNETHDRSZ, &header) })?;
-        self.set_offloads(self.offloads)?;
+        if let Some(offloads) = self.offloads {
+            self.tell_offloads(offloads)?;
+        }
         // A queue is attached when it is opened.
         let enabled = mem::replace(&mut self.enabled, true);
         self.set_enabled(enabled)
+    }
+
+    fn tell_offloads(&self, offloads: Offloads) -> io::Result<()> {
+        // SAFETY: the argument is a number.
+        check(unsafe { ioctl_with_val(&self.file, TUNSETOFFLOAD, flags(offloads).into()) })
+    }
+
+    /// Whether it is a TAP, and no macvtap.
+    fn is_tap(&self) -> bool {
+        self.file.metadata().is_ok_and(|file| file.rdev() == libc::makedev(10, 200))
     }
 }
 
@@ -89,9 +104,8 @@ impl Port for Tap {
     }
 
     fn set_offloads(&mut self, offloads: Offloads) -> io::Result<()> {
-        self.offloads = offloads;
-        // SAFETY: the argument is a number.
-        check(unsafe { ioctl_with_val(&self.file, TUNSETOFFLOAD, flags(offloads).into()) })
+        self.offloads = Some(offloads);
+        self.tell_offloads(offloads)
     }
 
     fn set_enabled(&mut self, enabled: bool) -> io::Result<()> {
@@ -103,17 +117,21 @@ impl Port for Tap {
         let mut request: libc::ifreq = unsafe { mem::zeroed() };
         request.ifr_ifru.ifru_flags = flags as c_short;
         // SAFETY: the kernel reads an ifreq.
-        check(unsafe { ioctl_with_ref(&self.file, TUNSETQUEUE, &request) })?;
-        self.enabled = enabled;
-        Ok(())
+        let result = check(unsafe { ioctl_with_ref(&self.file, TUNSETQUEUE, &request) });
+        if result.is_ok() || !is_attached(self.file()) {
+            self.enabled = enabled;
+        }
+        result
     }
 
     /// Up, or made anew and up.
     fn is_up(&mut self) -> bool {
         if !is_attached(self.file()) {
             let Some(Ok(file)) = self.reopen.as_mut().map(|reopen| reopen()) else { return false };
-            self.file = file;
+            let gone = mem::replace(&mut self.file, file);
             if self.set_up().is_err() {
+                // The next look tries again.
+                self.file = gone;
                 return false;
             }
         }
@@ -121,7 +139,8 @@ impl Port for Tap {
     }
 
     fn is_still_up(&self) -> bool {
-        is_attached(self.file()) && poll(self.file()) & libc::POLLOUT != 0
+        // A macvtap that takes nothing has only more to send than its cable; it never says that it is down.
+        is_attached(self.file()) && (poll(self.file()) & libc::POLLOUT != 0 || !self.is_tap())
     }
 }
 

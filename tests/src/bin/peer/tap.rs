@@ -10,7 +10,7 @@ use std::os::unix::process::CommandExt;
 use std::process::Command;
 
 use anyhow::{Context, bail, ensure};
-use libc::{IFF_MULTI_QUEUE, IFF_NO_PI, IFF_TAP, IFF_TUN, IFF_VNET_HDR, TUNSETIFF, c_int, c_short};
+use libc::{IFF_MULTI_QUEUE, IFF_NO_PI, IFF_TAP, IFF_TUN, IFF_VNET_HDR, TUNSETIFF, TUNSETSNDBUF, c_int, c_short};
 
 /// Opens a queue of `interface`, made if there is none, and starts `command` in the place of this program with the queue as its
 /// file `number`. `flags` are names of those of TUNSETIFF (linux/if_tun.h), with commas between.
@@ -29,6 +29,19 @@ pub(crate) fn hand_in(interface: &str, flags: &str, number: c_int, command: &[Os
     // SAFETY: numbers only; the copy is inherited.
     let result = unsafe { libc::dup2(file.as_raw_fd(), number) };
     ensure!(result == number, "{number}: {}", io::Error::last_os_error());
+    start(command)
+}
+
+/// Gives the open macvtap `number` no room for anything to be sent, and starts `command` in the place of this program.
+pub(crate) fn full(number: c_int, command: &[OsString]) -> anyhow::Result<()> {
+    let least: c_int = 1;
+    // SAFETY: the kernel reads one int.
+    let result = unsafe { libc::ioctl(number, TUNSETSNDBUF as _, &raw const least) };
+    ensure!(result == 0, "{number}: {}", io::Error::last_os_error());
+    start(command)
+}
+
+fn start(command: &[OsString]) -> anyhow::Result<()> {
     let (program, arguments) = command.split_first().context("a program to start")?;
     Err(Command::new(program).args(arguments).exec()).context("the program does not start")
 }

@@ -64,3 +64,24 @@ fn is_handed_in_open() {
     is_content(&mut guest);
     assert_eq!(guest.power_off().code, Some(0));
 }
+
+/// When its cable takes less than the guest has to send: that is no reason to take the link down.
+#[test]
+fn is_there_while_it_is_full() {
+    let name = "linux::net::macvtap::is_there_while_it_is_full";
+    let folder = tempfile::tempdir().unwrap();
+    let Some(network) = Network::new(name) else { return };
+    let Some(initrd) = network::initrd(folder.path(), name) else { return };
+    let Some(()) = network.cable(name) else { return };
+    let Some(file) = network.macvtap("macvtap0", ADDRESS, name) else { return };
+    let open = format!("exec {} full 3 -- \"$@\" 3<>{}", assets::peer().display(), file.display());
+    let mut guest = Wired::new(&network, &initrd, 1).started_by(&["sh", "-c", &open, "sh"]).boot("fd=3");
+    guest.ask("ip link set eth0 up && ip addr add 192.0.2.2/24 dev eth0");
+    let carrier = "cd /sys/class/net/eth0; cat carrier carrier_down_count";
+    let before = guest.ask(carrier);
+    assert!(before.starts_with('1'), "{before}");
+    // Some looks of skiff's.
+    guest.ask("sleep 3");
+    assert_eq!(guest.ask(carrier), before);
+    assert_eq!(guest.power_off().code, Some(0));
+}

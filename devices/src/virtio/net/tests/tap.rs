@@ -8,8 +8,8 @@ use std::os::fd::FromRawFd;
 use std::process::{Command, Stdio};
 use std::sync::Mutex;
 
-use libc::{IFF_MULTI_QUEUE, IFF_NO_PI, IFF_TAP, IFF_VNET_HDR, TUNSETIFF, c_short};
-use vmm_sys_util::ioctl::ioctl_with_ref;
+use libc::{IFF_DETACH_QUEUE, IFF_MULTI_QUEUE, IFF_NO_PI, IFF_TAP, IFF_VNET_HDR, TUNGETIFF, TUNSETIFF, c_short};
+use vmm_sys_util::ioctl::{ioctl_with_mut_ref, ioctl_with_ref};
 
 use super::*;
 use crate::virtio::net::tap::Tap;
@@ -225,4 +225,39 @@ fn queues_take_part_or_not() {
         assert!(got[enabled] >= 1 && got[1 - enabled] == 0, "{enabled}: {got:?}");
         assert!(taps.iter_mut().all(Port::is_up));
     }
+}
+
+#[test]
+fn queues_that_come_back_do_what_they_were_told() {
+    if !alone("queues_that_come_back_do_what_they_were_told") {
+        return;
+    }
+    let fresh = <[Arc<Mutex<Option<File>>>; 2]>::default();
+    let mut taps = fresh.clone().map(|given| {
+        let reopen = move || given.lock().unwrap().take().ok_or_else(|| io::ErrorKind::NotFound.into());
+        Tap::new(queue(IFF_MULTI_QUEUE).unwrap(), Some(Box::new(reopen))).unwrap()
+    });
+    taps[0].set_offloads(Offloads::CSUM).unwrap();
+    ip("link delete tap0");
+    assert!(!taps.iter_mut().any(Port::is_up));
+    assert!(taps[1].set_enabled(false).is_err());
+    for given in &fresh {
+        *given.lock().unwrap() = Some(queue(IFF_MULTI_QUEUE).unwrap());
+    }
+    ip("link set tap0 up");
+    assert!(taps.iter_mut().all(Port::is_up));
+    let features = Command::new("ethtool").args(["-k", "tap0"]).output().expect("ethtool").stdout;
+    let features = String::from_utf8(features).unwrap();
+    assert!(features.contains("tx-checksum-ip-generic: on"), "{features}");
+    // SAFETY: all zero is a valid ifreq.
+    let mut request: libc::ifreq = unsafe { mem::zeroed() };
+    let takes_part = taps.each_ref().map(|tap| {
+        // SAFETY: the kernel fills in an ifreq.
+        let flags = unsafe {
+            assert_eq!(ioctl_with_mut_ref(&tap.file(), TUNGETIFF, &mut request), 0);
+            request.ifr_ifru.ifru_flags
+        };
+        flags & IFF_DETACH_QUEUE as c_short == 0
+    });
+    assert_eq!(takes_part, [true, false]);
 }
