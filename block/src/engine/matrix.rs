@@ -7,13 +7,14 @@ use std::os::fd::AsRawFd;
 use std::path::Path;
 use std::process::Command;
 use std::sync::Arc;
+use std::thread;
 
 use libc::iovec;
 use tempfile::TempDir;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::conformance::{self, Bed, Kind, attach, await_completions, memory, op};
-use super::faulty::{Fault as HostFault, Faulty as HostFaulty};
+use super::faulty::{Call, Fault as HostFault, Faulty as HostFaulty};
 use super::merge::Merge;
 use super::native::Native;
 use super::ring::{Ring, RingEngine};
@@ -255,6 +256,15 @@ fn completions_may_be_late_and_in_any_order() {
     }
 }
 
+/// An engine whose helper works on `image`, and its ring on `disk` below.
+fn over(image: Arc<HostFaulty>, disk: &Disk, aio: Aio) -> Box<dyn Engine> {
+    let event = EventFd::new(EFD_NONBLOCK).unwrap();
+    match aio {
+        Aio::Native => Box::new(RingEngine::new(image, native(disk, &event), event, "test-io").unwrap()),
+        _ => Box::new(RingEngine::new(image, uring(disk, &event), event, "test-io").unwrap()),
+    }
+}
+
 /// What the kernel's queue cannot do holds up neither that queue nor its owner.
 #[test]
 fn a_slow_discard_is_not_waited_for() {
@@ -265,12 +275,8 @@ fn a_slow_discard_is_not_waited_for() {
     let discard = || Op { ranges: vec![range.clone()], ..op(OpKind::Discard { durable: false }, 0, &[], &memory) };
     let zeroes = || Op { kind: OpKind::WriteZeroes { unmap: true, durable: true }, ..discard() };
     for aio in [Aio::Native, Aio::IoUring] {
-        let event = EventFd::new(EFD_NONBLOCK).unwrap();
         let image = HostFaulty::new(disk.clone(), &[]);
-        let mut engine: Box<dyn Engine> = match aio {
-            Aio::Native => Box::new(RingEngine::new(image.clone(), native(&disk, &event), event, "test-io").unwrap()),
-            _ => Box::new(RingEngine::new(image.clone(), uring(&disk, &event), event, "test-io").unwrap()),
-        };
+        let mut engine = over(image.clone(), &disk, aio);
         image.hold(true);
         engine.push(discard(), READS);
         engine.push(zeroes(), READS + 1);
@@ -285,6 +291,32 @@ fn a_slow_discard_is_not_waited_for() {
         let mut tags: Vec<_> = await_completions(&mut *engine, 2).into_iter().map(|done| done.tag).collect();
         tags.sort_unstable();
         assert_eq!(tags, [READS, READS + 1]);
+    }
+}
+
+/// A thread of the helper waits for a block that a transfer of the ring has: it can be abandoned, for that is reaped meanwhile.
+#[test]
+fn who_waits_for_a_block_can_be_abandoned() {
+    let (write, elsewhere) = (OpKind::Write { durable: false }, 65536..131_072);
+    for aio in [Aio::Native, Aio::IoUring] {
+        let (_dir, _path, disk, _) = Bed { alignment: Some(COARSE), ..DIRECT }.disk(1 << 20);
+        let memory = memory(1 << 20);
+        let image = HostFaulty::new(disk.clone(), &[]);
+        let mut engine = over(image.clone(), &disk, aio);
+        engine.push(op(write, 0, &[(0, 4096)], &memory), 0);
+        engine.push(op(write, 512, &[(4096, 512)], &memory), 1);
+        let discard = op(OpKind::Discard { durable: false }, 0, &[], &memory);
+        engine.push(Op { ranges: vec![elsewhere.clone()], ..discard }, 2);
+        engine.submit();
+        // Threads take their work in order: when this one is begun the one before is.
+        while !image.calls().iter().any(|call| matches!(call, Call::Discard { .. })) {
+            thread::yield_now();
+        }
+        let mut completions = Vec::new();
+        engine.abandon(&mut completions);
+        let mut tags: Vec<_> = completions.iter().map(|completion| completion.tag).collect();
+        tags.sort_unstable();
+        assert_eq!(tags, [0, 1, 2], "{aio:?}");
     }
 }
 

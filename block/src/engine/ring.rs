@@ -290,7 +290,8 @@ impl<R: Ring> Engine for RingEngine<R> {
         self.abandoning = true;
         self.ring.cancel();
         let before = completions.len();
-        self.helper.abandon(completions);
+        // Its threads may wait for blocks that a transfer of the ring has claimed, until that is reaped.
+        self.helper.cancel(completions);
         self.helping -= completions.len() - before;
         self.finish(completions);
         self.abandoning = false;

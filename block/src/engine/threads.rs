@@ -135,6 +135,13 @@ impl ThreadPool {
         shared.start_thread(&mut shared.lock())?;
         Ok(Self { shared, pushed: Vec::new() })
     }
+
+    /// Gives up what no thread has begun. Waits for nothing.
+    pub(super) fn cancel(&mut self, completions: &mut Vec<Completion>) {
+        let waiting = mem::take(&mut self.shared.lock().fifo);
+        let dropped = waiting.into_iter().chain(self.pushed.drain(..));
+        completions.extend(dropped.map(|Job { op, tag }| Completion::canceled(op, tag)));
+    }
 }
 
 impl Engine for ThreadPool {
@@ -182,9 +189,7 @@ impl Engine for ThreadPool {
     }
 
     fn abandon(&mut self, completions: &mut Vec<Completion>) {
-        let waiting = mem::take(&mut self.shared.lock().fifo);
-        let dropped = waiting.into_iter().chain(self.pushed.drain(..));
-        completions.extend(dropped.map(|Job { op, tag }| Completion::canceled(op, tag)));
+        self.cancel(completions);
         self.drain(completions);
     }
 }
