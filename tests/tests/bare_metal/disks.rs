@@ -144,33 +144,37 @@ fn what_a_disk_runs_on_is_chosen_and_said() {
     }
 }
 
-/// With one thread nearly all that is in flight waits for it: stopped by force, skiff leaves that undone, and says so. The guest
-/// knows no power button.
+/// With one thread nearly all that is in flight waits for it, and at ten requests a second for its turn: stopped by force, skiff
+/// leaves that undone, and says so. The guest knows no power button.
 #[test]
 fn a_forced_stop_begins_nothing_more() {
     let Some(bench) = Bench::new("a_forced_stop_begins_nothing_more") else { return };
-    let option = format!("{},aio=threads,thread-pool-max=1,merge=off", bench.disk("disk.img").option());
-    let mut command = Command::new(skiff());
-    bench.add_run(&mut command, "bench pace=on rw=randread bs=1048576 depth=128 count=1000000000");
-    command.args(["--memory", "256M", "-v", "--disk", &option]);
-    let mut machine = Machine::start(command);
-    machine.wait_for("# bench ready");
-    let io = format!("/proc/{}/io", machine.pid());
-    let calls = || {
-        let io = fs::read_to_string(&io).expect("skiff runs");
-        let calls = io.lines().find_map(|line| line.strip_prefix("syscr: ")).expect("proc_pid_io(5)");
-        calls.parse::<u64>().expect("a number")
-    };
-    let (before, start) = (calls(), Instant::now());
-    machine.send("\n");
-    while calls() < before + 200 {
-        assert!(start.elapsed() < HUNG, "nothing is read");
-        thread::yield_now();
+    let disk = bench.disk("disk.img").option();
+    for (slow, reads) in [("thread-pool-max=1,merge=off", 200), ("iops=10", 3)] {
+        let option = format!("{disk},aio=threads,{slow}");
+        let mut command = Command::new(skiff());
+        bench.add_run(&mut command, "bench pace=on rw=randread bs=1048576 depth=128 count=1000000000");
+        command.args(["--memory", "256M", "-v", "--disk", &option]);
+        let mut machine = Machine::start(command);
+        machine.wait_for("# bench ready");
+        let io = format!("/proc/{}/io", machine.pid());
+        let calls = || {
+            let io = fs::read_to_string(&io).expect("skiff runs");
+            let calls = io.lines().find_map(|line| line.strip_prefix("syscr: ")).expect("proc_pid_io(5)");
+            calls.parse::<u64>().expect("a number")
+        };
+        let (before, start) = (calls(), Instant::now());
+        machine.send("\n");
+        while calls() < before + reads {
+            assert!(start.elapsed() < HUNG, "nothing is read");
+            thread::yield_now();
+        }
+        machine.signal("TERM");
+        machine.wait_for_message("power button pressed");
+        machine.signal("TERM");
+        let ended = machine.wait();
+        assert_eq!(ended.code, Some(10), "{}", ended.messages);
+        let said = "requests were not done: the machine is stopped by force";
+        assert!(ended.messages.contains(said), "{slow}: {}", ended.messages);
     }
-    machine.signal("TERM");
-    machine.wait_for_message("power button pressed");
-    machine.signal("TERM");
-    let ended = machine.wait();
-    assert_eq!(ended.code, Some(10), "{}", ended.messages);
-    assert!(ended.messages.contains("requests were not done: the machine is stopped by force"), "{}", ended.messages);
 }

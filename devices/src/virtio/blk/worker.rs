@@ -149,14 +149,17 @@ impl QueueWorker {
     fn abandon(&mut self) {
         let mut completions = mem::take(&mut self.completions);
         self.engine.abandon(&mut completions);
-        let mut not_done = 0;
+        let mut ended = 0;
         for Completion { op, result, .. } in completions.drain(..) {
             match result {
-                Err(error) if error.raw_os_error() == Some(libc::ECANCELED) => not_done += 1,
+                Err(error) if error.raw_os_error() == Some(libc::ECANCELED) => continue,
                 Err(error) => self.log(describe(&op, &error)),
                 Ok(()) => {}
             }
+            ended += 1;
         }
+        // Limits, or a pause, kept some of them from the engine.
+        let not_done = self.slots.iter().flatten().count() - ended;
         if not_done > 0 {
             self.log(format_args!(
                 "queue {}: {not_done} requests were not done: the machine is stopped by force",

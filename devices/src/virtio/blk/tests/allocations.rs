@@ -126,8 +126,9 @@ fn no_request_allocates() {
             (0..ROUNDS).for_each(|_| round(&mut guest, &mut used));
             let during = allocations.load(Ordering::SeqCst) - before;
             worker.stop();
-            // Now and then more is merged than ever before, and a buffer grows; and to start a thread of a pool allocates.
-            let allowed = if aio == Aio::Threads { 100 } else { 20 };
+            // What is used again, as the parts of each head, grows when it meets the longest for the first time, in an order that
+            // depends on the host; and to start a thread of a pool allocates. All of it is less than once a round.
+            let allowed = u64::from(SIZE);
             assert!(during <= allowed, "{aio:?}: {during} allocations in {ROUNDS} rounds of {TOGETHER} requests");
         }
     }
