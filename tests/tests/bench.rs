@@ -563,6 +563,11 @@ fn program(name: &str, script: &str) -> (TempDir, String) {
     fs::write(&path, format!("#!/bin/sh\n[ \"$1\" = --version ] && echo '{name} v0' && exit\n{script}\n"))
         .expect("a program");
     fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).expect("it may be run");
+    // What another test starts just now has the file open for writing until it is another program.
+    let version = || Command::new(&path).arg("--version").stdout(Stdio::null()).status();
+    while version().is_err_and(|error| error.kind() == std::io::ErrorKind::ExecutableFileBusy) {
+        thread::yield_now();
+    }
     let others = std::env::var("PATH").unwrap_or_default();
     let search = format!("{}:{others}", folder.path().display());
     (folder, search)
@@ -577,7 +582,7 @@ fn a_monitor_that_does_not_run_the_guest() {
     let script = "echo 'Error booting VM: it will not' >&2; exit 1";
     for name in ["cloud-hypervisor", "firecracker"] {
         let ((_program, search), folder) = (program(name, script), scratch());
-        let words = format!("--dir {} --size 4M --runtime 0.1 --repeat 1 --depths 1", folder.path().display());
+        let words = format!("--dir {} --size 4M --runtime 0.5 --repeat 1 --depths 1", folder.path().display());
         let words = format!("{words} --engines io_uring --cache writeback --json {}/json", folder.path().display());
         let run = |vs: &str| {
             let words: Vec<&str> = words.split(' ').chain(["--vs", vs]).collect();
@@ -597,6 +602,30 @@ fn a_monitor_that_does_not_run_the_guest() {
         assert!(left_out.contains(&Value::from(format!("{name} is left out: {why}"))), "{left_out:?}");
         assert!(report["cells"][0]["summary"]["host"].is_object(), "{report}");
     }
+}
+
+/// A program that says nothing is not waited for then, nor said to be at fault.
+#[test]
+fn an_interrupt_ends_a_trial() {
+    if !kvm("an_interrupt_ends_a_trial") {
+        return;
+    }
+    let ((_program, search), folder) = (program("firecracker", "exec sleep 1000"), scratch());
+    let words = format!("--dir {} --size 4M --engines io_uring --cache writeback", folder.path().display());
+    let words: Vec<&str> = words.split(' ').chain(["--vs", "firecracker"]).collect();
+    let mut bench = bench(&words);
+    bench.env("PATH", &search).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut bench = bench.spawn().expect("skiff starts");
+    let is_tried = |child: u32| fs::read_to_string(format!("/proc/{child}/comm")).is_ok_and(|name| name == "sleep\n");
+    while !children(bench.id()).into_iter().any(is_tried) {
+        assert!(bench.try_wait().expect("its end").is_none(), "it ended before the trial");
+        thread::sleep(Duration::from_millis(5));
+    }
+    assert!(Command::new("kill").args(["-INT", &bench.id().to_string()]).status().expect("kill").success());
+    let output = bench.wait_with_output().expect("it ends");
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert_eq!(outcome(&output), (Some(1), String::new()), "{text}");
+    assert!(text.contains("INTERRUPTED") && !text.contains("left out: the guest"), "{text}");
 }
 
 /// Skiff in the place of the others, without an exit port: what is said to them and how they end.

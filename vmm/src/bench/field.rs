@@ -1,7 +1,9 @@
 //! Who takes part in a run: skiff, and those it is compared with that are there, run the guest and can do some of the work.
 
 use std::collections::BTreeMap;
+use std::io::ErrorKind;
 use std::process::{Command, Stdio};
+use std::sync::atomic::Ordering;
 
 use anyhow::bail;
 
@@ -52,8 +54,13 @@ impl Field {
                 return Err(Obstacle::new(format!("it can do the work of no cell: {why}"), "ask for other cells"));
             };
             let path = images[&able.cell.work.content].path();
-            let tried = machines.try_out(subject, &able.cell, able.engine(), &path);
-            tried.map_err(|error| Obstacle::new(format!("the guest does not run there: {error}"), "mend that"))
+            match machines.try_out(subject, &able.cell, able.engine(), &path) {
+                // Interrupted, it shows nothing, and no measurement follows.
+                Err(error) if !machines.stop.load(Ordering::Relaxed) => {
+                    Err(Obstacle::new(format!("the guest does not run there: {error:#}"), "mend that"))
+                }
+                _ => Ok(()),
+            }
         })?;
         for &subject in &self.subjects {
             let mut reasons = BTreeMap::<&str, usize>::new();
@@ -106,11 +113,15 @@ impl Obstacle {
 /// Whether the program of `subject` is there and says its version.
 fn find(subject: Subject) -> Result<(), Obstacle> {
     let Some(program) = subject.program() else { return Ok(()) };
-    let found = Command::new(program).arg("--version").stdout(Stdio::null()).stderr(Stdio::null()).status();
-    if found.is_ok_and(|status| status.success()) {
-        return Ok(());
+    let mut version = Command::new(program);
+    match version.arg("--version").stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).status() {
+        Ok(status) if status.success() => Ok(()),
+        Ok(_) => Err(Obstacle::new(format!("{program} --version fails"), "mend that")),
+        Err(error) if error.kind() == ErrorKind::NotFound => {
+            let package = subject == Subject::Qemu;
+            let remedy = if package { "install it (apt-get install qemu-system-x86)" } else { "install it" };
+            Err(Obstacle::new(format!("there is no {program}"), remedy))
+        }
+        Err(error) => Err(Obstacle::new(format!("{program}: {error}"), "mend that")),
     }
-    let package = subject == Subject::Qemu;
-    let remedy = if package { "install it (apt-get install qemu-system-x86)" } else { "install it" };
-    Err(Obstacle::new(format!("there is no {program}"), remedy))
 }

@@ -56,16 +56,19 @@ impl Machines<'_> {
     /// # Errors
     /// When the machine does not start or the guest does not succeed: what it said last. Or when it is to stop.
     pub(super) fn run(&self, subject: Subject, cell: &Cell, aio: Aio, disk: &Path) -> anyhow::Result<Sample> {
-        let Program { command, on_terminal, config } = self.program(subject, cell, aio, disk)?;
+        self.measure(subject, cell, aio, disk).with_context(|| format!("{} under {}", describe(cell), subject.name()))
+    }
+
+    fn measure(&self, subject: Subject, cell: &Cell, aio: Aio, disk: &Path) -> anyhow::Result<Sample> {
+        // The file that configures it is there until it has ended.
+        let Program { command, on_terminal, config: _config } = self.program(subject, cell, aio, disk)?;
         let patience = HUNG + self.timing.warm_up + self.timing.runtime;
-        let measured = Conversation::start(command, on_terminal, self.stop, patience)?.measure(&Measure {
+        Conversation::start(command, on_terminal, self.stop, patience)?.measure(&Measure {
             tsc_khz: self.tsc_khz,
             pin: self.pin.as_ref(),
             counts: subject == Subject::Skiff,
             has_exit_port: subject.has_exit_port(),
-        });
-        drop(config);
-        measured.with_context(|| format!("{} under {}", describe(cell), subject.name()))
+        })
     }
 
     /// Whether the guest runs under `subject` at all: it reads a few blocks as `cell` would.
@@ -76,7 +79,7 @@ impl Machines<'_> {
         let mut cell = *cell;
         cell.work.rw = guest::workload::Mix::RandRead;
         let machines = Machines { timing: TRIAL, ..self.clone() };
-        machines.run(subject, &cell, aio, disk).map(|_| ()).map_err(|error| anyhow::anyhow!("{}", error.root_cause()))
+        machines.measure(subject, &cell, aio, disk).map(drop)
     }
 
     /// 64 MiB besides the buffers, in MiB.

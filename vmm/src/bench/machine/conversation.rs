@@ -175,8 +175,10 @@ fn lines_of(pipe: impl Read + Send + 'static) -> Receiver<String> {
 
 impl Drop for Conversation<'_> {
     fn drop(&mut self) {
-        // Both fail if it ended by itself and was waited for.
-        let _ = self.child.kill();
+        // With what it has started: a program may be a script that starts the machine. Its number is its own until it is waited for.
+        if matches!(self.child.try_wait(), Ok(None)) {
+            let _ = signal_group(&self.child, libc::SIGKILL);
+        }
         let _ = self.child.wait();
     }
 }
@@ -214,6 +216,17 @@ mod tests {
                 assert_eq!(failed.unwrap_err().to_string(), said, "{script}");
             }
         }
+    }
+
+    /// It may be a script that starts the machine: nobody has its errors open any more.
+    #[test]
+    fn nothing_of_it_is_left() {
+        let stop = AtomicBool::new(false);
+        let mut conversation = Conversation::start(sh("sleep 1000 & echo started; wait"), false, &stop, HUNG).unwrap();
+        conversation.wait_for(|line| (line == "started").then_some(())).unwrap();
+        let errors = std::mem::replace(&mut conversation.errors, mpsc::channel().1);
+        drop(conversation);
+        assert_eq!(errors.recv_timeout(HUNG), Err(RecvTimeoutError::Disconnected));
     }
 
     /// Without a port to end it: the guest's last words count, and what it said before them.
