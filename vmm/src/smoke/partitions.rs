@@ -14,13 +14,16 @@ const HEAD: usize = 0x10048;
 pub(super) const MOST: u32 = 128;
 /// Types of an MBR entry that holds further tables: CHS, LBA, Linux (UEFI 2.10, 5.2, leaves them to the systems).
 const EXTENDED: [u8; 3] = [0x05, 0x0f, 0x85];
+/// Type of the MBR entry that stands before a GPT; a GPT without one is the rest of an older table (UEFI 2.10, 5.2.3).
+const PROTECTIVE: u8 = 0xee;
 
 /// What lies on a disk.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Layout {
-    /// The filesystem that begins where the disk does.
+    /// The filesystem that begins where the disk does. None if one is known in a partition: this is then the rest of what
+    /// the disk was before its partition table.
     pub(super) whole: Option<&'static str>,
-    /// Empty if that is known, or there is no partition table.
+    /// Empty if there is no partition table.
     pub(super) partitions: Vec<Partition>,
 }
 
@@ -40,10 +43,9 @@ impl Layout {
     /// Looks at an image or a block device. What cannot be read counts as empty.
     pub(super) fn of(file: &File) -> Self {
         let head = head(file, 0);
-        let whole = filesystem(&head);
-        let mut partitions = if whole.is_some() || head.get(510..512) != Some(b"\x55\xaa") {
+        let mut partitions = if head.get(510..512) != Some(b"\x55\xaa") {
             Vec::new()
-        } else if head.get(SECTOR as usize..).is_some_and(|head| head.starts_with(b"EFI PART")) {
+        } else if has_gpt(&head) {
             gpt(file, &head)
         } else {
             mbr(file, &head)
@@ -55,6 +57,7 @@ impl Layout {
         for partition in &mut partitions {
             partition.filesystem = filesystem(&self::head(file, partition.begin));
         }
+        let whole = filesystem(&head).filter(|_| partitions.iter().all(|it| it.filesystem.is_none()));
         Self { whole, partitions }
     }
 
@@ -71,7 +74,7 @@ impl Layout {
                     "has an ext filesystem in several partitions ({self}); write partition = {number}"
                 ));
             }
-            None if self.partitions.is_empty() => (0, self.whole),
+            None if self.whole.is_some() || self.partitions.is_empty() => (0, self.whole),
             None => match self.ext_partitions().next() {
                 Some(only) => (only.begin, only.filesystem),
                 None => return Err(format!("has no ext filesystem in its partitions ({self})")),
@@ -184,16 +187,18 @@ fn mbr(file: &File, head: &[u8]) -> Vec<Partition> {
         }
     }
     let Some(base) = extended else { return found };
-    // A table for each: the partition, from that table on, and the next table, from the extended partition on.
-    let mut table = base;
-    for number in 5..MOST {
+    // A table for each: the partition, from that table on, and the next table, from the extended partition on. One whose
+    // partition was removed has no number.
+    let (mut table, mut number) = (base, 5);
+    for _ in 5..MOST {
         let mut bytes = [0; SECTOR as usize];
         let is_read = table.checked_mul(SECTOR).is_some_and(|at| read(file, &mut bytes, at).is_ok());
         if !is_read || bytes[510..] != *b"\x55\xaa" {
             break;
         }
-        if let Some((1.., first, sectors)) = mbr_entry(&bytes, 0) {
+        if let Some((1.., first, sectors @ 1..)) = mbr_entry(&bytes, 0) {
             found.push(partition(number, table + first, sectors));
+            number += 1;
         }
         match mbr_entry(&bytes, 1) {
             Some((kind, next @ 1.., _)) if EXTENDED.contains(&kind) => table = base + next,
@@ -201,6 +206,12 @@ fn mbr(file: &File, head: &[u8]) -> Vec<Partition> {
         }
     }
     found
+}
+
+/// Whether the first sectors say that there is a GPT.
+fn has_gpt(head: &[u8]) -> bool {
+    let is_protective = |at: usize| mbr_entry(head, at).is_some_and(|(kind, ..)| kind == PROTECTIVE);
+    (0..4).any(is_protective) && head.get(SECTOR as usize..).is_some_and(|head| head.starts_with(b"EFI PART"))
 }
 
 /// The partitions of a GPT (UEFI 2.10, 5.3); `head` has its header in the second sector.

@@ -71,6 +71,49 @@ fn tables_are_read_as_sfdisk_reads_them() {
     }
 }
 
+/// Numbers and begins, as sfdisk counts them: a table of the chain that has no partition is none.
+#[test]
+fn a_logical_partition_that_was_removed() {
+    let folder = tempfile::tempdir().unwrap();
+    let Some(image) = partitioned(folder.path(), "label: dos\\ntype=5\\nsize=10MiB\\nsize=10MiB\\n") else { return };
+    let [_, second] = &layout(&image).partitions[..] else { panic!("two logical partitions") };
+    // The first entry of the table where the extended partition begins, at 1 MiB.
+    let file = File::options().write(true).open(&image).unwrap();
+    std::os::unix::fs::FileExt::write_all_at(&file, &[0; 16], MIB + 446).unwrap();
+    let Some(said) = tool("sfdisk", &["--json", image.to_str().unwrap()], "") else { return };
+    // It says first that it leaves something out.
+    let begin = said.iter().position(|byte| *byte == b'{').unwrap();
+    let said: Value = serde_json::from_slice(&said[begin..]).unwrap();
+    let last = &said["partitiontable"]["partitions"][1];
+    assert!(last["node"].as_str().unwrap().ends_with("disk.img5"), "{said}");
+    assert_eq!(last["start"].as_u64().unwrap() * SECTOR, second.begin);
+    assert_eq!(layout(&image).partitions, [Partition { number: 5, ..second.clone() }]);
+}
+
+/// What was on a disk before its table, and was not removed, counts no more.
+#[test]
+fn the_rest_of_something_older() {
+    let folder = tempfile::tempdir().unwrap();
+    let Some(image) = partitioned(folder.path(), "label: gpt\\nsize=8MiB\\nsize=8MiB\\n") else { return };
+    let replace = |image: &Path| {
+        let arguments = ["--quiet", "--wipe", "never", image.to_str().unwrap()];
+        tool("sfdisk", &arguments, "label: dos\\nstart=4MiB,size=16MiB\\n").unwrap();
+    };
+    replace(&image);
+    let found: Vec<_> = layout(&image).partitions.iter().map(|one| (one.number, one.begin)).collect();
+    assert_eq!(found, [(1, 4 * MIB)]);
+
+    let image = folder.path().join("whole.img");
+    File::create(&image).unwrap().set_len(64 * MIB).unwrap();
+    if ext4(&image, 0, 64 * MIB).is_none() {
+        return;
+    }
+    replace(&image);
+    assert_eq!(layout(&image).ext(Some(1)), Ok(4 * MIB));
+    ext4(&image, 4 * MIB, 16 * MIB).unwrap();
+    assert_eq!((layout(&image).whole, layout(&image).ext(None)), (None, Ok(4 * MIB)));
+}
+
 #[test]
 fn which_filesystem_is_meant() {
     let folder = tempfile::tempdir().unwrap();
@@ -113,7 +156,7 @@ proptest! {
         let image = folder.path().join("disk.img");
         if bytes.len() > 512 + 92 {
             bytes[510..512].copy_from_slice(b"\x55\xaa");
-            bytes[450] = kind;
+            bytes[450] = if is_gpt { PROTECTIVE } else { kind };
             bytes[454..458].copy_from_slice(&[first, 0, 0, 0]);
             if is_gpt {
                 bytes[512..520].copy_from_slice(b"EFI PART");
