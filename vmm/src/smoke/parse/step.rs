@@ -67,8 +67,10 @@ impl Reader<'_> {
                 _ => self.none(entry, "steps are tables; write [[step]]"),
             };
             let Some(mut step) = step else { continue };
-            // A step that says how long it may take may take it in silence.
-            step.silence = silence.filter(|silence| silence.is_said || step.timeout.is_none());
+            // A step that says how long it may take may take it in silence, and so may a command, which often has nothing
+            // to say.
+            let is_free = step.timeout.is_some() || matches!(step.action, Action::Run { .. });
+            step.silence = silence.filter(|silence| silence.is_said || !is_free);
             if matches!(step.action, Action::Pause(_)) {
                 step.silence = None;
             }

@@ -104,14 +104,14 @@ fn every_step() {
 #[test]
 fn silence_has_a_limit_if_nothing_is_said() {
     let silences = |text: &str| {
-        let steps = "[[step]]\nwait = 'x'\n[[step]]\nwait = 'x'\ntimeout = '9s'\n";
+        let steps = "[[step]]\nwait = 'x'\n[[step]]\nwait = 'x'\ntimeout = '9s'\n[[step]]\nrun = 'true'\n";
         let scenario = read(&format!("{text}\nmachine = {{ kernel = 'vmlinuz' }}\n{steps}")).unwrap();
         scenario.steps.iter().map(|step| step.silence.map(|it| (it.limit.as_secs(), it.is_said))).collect::<Vec<_>>()
     };
-    assert_eq!(silences(""), [Some((60, false)), None]);
-    assert_eq!(silences("timeout = '10m'"), [Some((300, false)), None]);
-    assert_eq!(silences("silence = '5s'"), [Some((5, true)); 2]);
-    assert_eq!(silences("silence = 'off'"), [None; 2]);
+    assert_eq!(silences(""), [Some((60, false)), None, None]);
+    assert_eq!(silences("timeout = '10m'"), [Some((300, false)), None, None]);
+    assert_eq!(silences("silence = '5s'"), [Some((5, true)); 3]);
+    assert_eq!(silences("silence = 'off'"), [None; 3]);
     assert_eq!(errors("silence = 'no'\n[[step]]\nwait = 'x'").len(), 1);
 }
 

@@ -28,10 +28,14 @@ impl Session<'_> {
         }
         match step.silence {
             Some(silence) if now >= self.heard.max(self.step_began) + silence.limit => {
-                let limit = seconds(silence.limit);
-                let why = if silence.is_said { "" } else { ", half of the scenario's timeout" };
-                let unheard = self.unheard();
-                Err(Stop::Failed(format!("the console was silent for {limit}{why}{unheard} (step: {})", step.title)))
+                let (limit, unheard) = (seconds(silence.limit), self.unheard());
+                let (why, remedy) = if silence.is_said {
+                    ("", "")
+                } else {
+                    (", half of the scenario's timeout", "; if it may be, write silence = \"off\"")
+                };
+                let title = &step.title;
+                Err(Stop::Failed(format!("the console was silent for {limit}{why}{unheard}{remedy} (step: {title})")))
             }
             _ => Ok(()),
         }

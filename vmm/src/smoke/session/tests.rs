@@ -105,14 +105,17 @@ fn what_a_step_waits_for_in_vain() {
     assert!(failed.summary.starts_with("no poweroff within 50 ms"), "{}", failed.summary);
     let failed = failure("[[step]]\nexpect = 'reboot'\n", POWERED_OFF);
     assert_eq!(failed.summary, "the guest powered off (step: expect reboot)");
+    // Where a busy host has not let the machine say a word until then, that is said behind it.
     let failed = failure("silence = '200ms'\n[[step]]\nwait = 'x'\n", "echo last; sleep 100");
-    assert_eq!(failed.summary, "the console was silent for 200 ms (step: wait for \"x\")");
+    assert!(failed.summary.starts_with("the console was silent for 200 ms"), "{}", failed.summary);
     // Nobody asked for it.
     let failed = failure("timeout = '1s'\n[[step]]\nwait = 'x'\n", "echo last; sleep 100");
-    let half = "the console was silent for 500 ms, half of the scenario's timeout (step: wait for \"x\")";
-    assert_eq!(failed.summary, half);
+    let half = "the console was silent for 500 ms, half of the scenario's timeout";
+    assert!(failed.summary.starts_with(half), "{}", failed.summary);
+    let remedy = "; if it may be, write silence = \"off\" (step: wait for \"x\")";
+    assert!(failed.summary.ends_with(remedy), "{}", failed.summary);
     let failed = failure("timeout = '1s'\nsilence = 'off'\n[[step]]\nwait = 'x'\n", "echo last; sleep 100");
-    assert_eq!(failed.summary, "no \"x\" within the scenario's 1 s");
+    assert!(failed.summary.starts_with("no \"x\" within the scenario's 1 s"), "{}", failed.summary);
     let failed = failure("[[step]]\nwait = 'x'\ntimeout = '200ms'\n", "sleep 100");
     let unheard = "no \"x\" within 200 ms; nothing ever came from the machine, whose cmdline has no console=ttyS0";
     assert_eq!(failed.summary, unheard);
