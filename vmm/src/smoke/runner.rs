@@ -1,6 +1,7 @@
 //! All tests of a run: as many machines at a time as the host has room for, each on a thread of its own, which takes one test
 //! after the other.
 
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
@@ -18,6 +19,8 @@ use super::session::{Session, Surroundings};
 
 /// Besides a machine's memory, what it and its test take.
 const OVERHEAD: u64 = 32 << 20;
+/// Bytes of a test's name that become the name of a folder; filesystems take 255.
+const LONGEST_NAME: usize = 200;
 
 /// What to run.
 #[derive(Clone, Debug)]
@@ -160,9 +163,7 @@ fn keep_all(
     prepared: &Prepared,
     stop: &AtomicBool,
 ) -> std::io::Result<PathBuf> {
-    let plain = |letter: char| if letter.is_alphanumeric() || "=._-#".contains(letter) { letter } else { '_' };
-    let name: String = outcome.test.to_string().chars().map(plain).collect();
-    let folder = folder.join(name);
+    let folder = folder.join(folder_name(&outcome.test.to_string()));
     std::fs::create_dir_all(&folder)?;
     let (begin, rest) = outcome.console.bytes();
     let dropped = outcome.console.dropped();
@@ -173,7 +174,37 @@ fn keep_all(
     Ok(folder)
 }
 
+/// What the folder of a test is called: letters that no shell minds, and no more of them than a file's name may have. One
+/// that is cut ends with a number of its own: names in a matrix of command lines begin alike.
+fn folder_name(test: &str) -> String {
+    let plain = |letter: char| if letter.is_alphanumeric() || "=._-#".contains(letter) { letter } else { '_' };
+    let mut name: String = test.chars().map(plain).collect();
+    if name.len() > LONGEST_NAME {
+        name.truncate((0..=LONGEST_NAME).rev().find(|at| name.is_char_boundary(*at)).unwrap_or(0));
+        let mut hasher = DefaultHasher::new();
+        test.hash(&mut hasher);
+        name += &format!("-{:016x}", hasher.finish());
+    }
+    name
+}
+
 fn not_run(test: &TestId, verdict: Verdict, summary: String) -> Outcome {
     let failure = Failure { summary, step: None, place: None, quotes: Vec::new(), last_lines: Vec::new() };
     Outcome { failure: Some(failure), ..Outcome::new(test.clone(), verdict) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn folders_of_tests_have_names_that_fit() {
+        assert_eq!(folder_name("boot [cpus=2] #3"), "boot__cpus=2__#3");
+        let folder = tempfile::tempdir().unwrap();
+        for end in ["one", "two"] {
+            for letter in ["x", "\u{4e2d}"] {
+                std::fs::create_dir(folder.path().join(folder_name(&(letter.repeat(300) + end)))).unwrap();
+            }
+        }
+    }
 }
