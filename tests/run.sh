@@ -65,19 +65,22 @@ sum() {
     awk -v word="$1;" '/^test result:/ { for (i = 2; i <= NF; i++) if ($i == word) n += $(i - 1) }
         END { print n + 0 }' "$log"
 }
-# The same of the scenarios, from their JUnit file. Those that the host could not run are failures here.
+# The same of the scenarios, from their JUnit file. Those that the host could not run are failures here; those that an
+# interrupted run left out are told by each suite only.
 results=$target/lab/logs/scenarios.xml
 junit() { sed -n "s/^<testsuites .*\b$1=\"\([0-9]*\)\".*/\1/p" "$results" 2>/dev/null | grep . || echo 0; }
 scenarios=$(junit tests)
 bad_scenarios=$(($(junit failures) + $(junit errors)))
+left_out=$(sed -n 's/^ *<testsuite .* skipped="\([0-9]*\)".*/\1/p' "$results" 2>/dev/null |
+    awk '{ n += $1 } END { print n + 0 }' || true)
 gave_up=$(grep -c '^SKIPPED [a-z_]*::' "$log" || true)
 not_run=$(awk '/^SKIPPED [0-9]+ tests of/ { n += $2 } END { print n + 0 }' "$log")
-passed=$(($(sum passed) - gave_up + scenarios - bad_scenarios))
+passed=$(($(sum passed) - gave_up + scenarios - bad_scenarios - left_out))
 failed=$(($(sum failed) + bad_scenarios))
-skipped=$(($(sum ignored) + gave_up + not_run))
+skipped=$(($(sum ignored) + gave_up + not_run + left_out))
 
 echo
-if [[ $scenarios -gt 0 ]]; then tests/scenarios/summary "$results"; fi
+if [[ $scenarios -gt 0 ]]; then tests/scenarios/summary "$results" || failed_steps+=("summary of the scenarios"); fi
 grep '^SKIPPED ' "$log" || true
 grep -E '^test .* \.\.\. FAILED$|^.* --- FAILED$' "$log" || true
 if [[ ${#failed_steps[@]} -gt 0 ]]; then
