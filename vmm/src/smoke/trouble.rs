@@ -180,8 +180,7 @@ fn find(sign: Sign, line: &str) -> Option<usize> {
     let (mut rest, mut begin) = (line, 0);
     for (nth, text) in texts.iter().enumerate() {
         let at = rest.find(text)?;
-        // Behind nothing, or behind the time that the kernel puts in front: "[    1.234567] ".
-        if nth == 0 && message && !(at == 0 || rest[..at].ends_with("] ")) {
+        if nth == 0 && message && !is_begin(&rest[..at]) {
             return None;
         }
         if nth == 0 {
@@ -190,6 +189,15 @@ fn find(sign: Sign, line: &str) -> Option<usize> {
         rest = &rest[at + text.len()..];
     }
     Some(begin)
+}
+
+/// Whether a kernel's message begins behind `text`: behind nothing, or behind the time and perhaps the speaker that the
+/// kernel puts in front, as "[    1.234567] " and "[    1.234567][    T1] ". A process has its number in brackets too, but
+/// without a point.
+fn is_begin(text: &str) -> bool {
+    let Some(text) = text.strip_suffix("] ") else { return text.is_empty() };
+    let stamp = text.rsplit_once('[').map_or("", |(_, stamp)| stamp.trim_start());
+    stamp.strip_prefix(['T', 'C']).map_or(stamp.contains('.'), |speaker| speaker.bytes().all(|it| it.is_ascii_digit()))
 }
 
 #[cfg(test)]
@@ -260,6 +268,9 @@ mod tests {
             "fixed a BUG: in it",
             "[    0.2] rcu: Hierarchical RCU implementation.",
             "[    1.5] RCU Tasks: Setting shift to 0",
+            // A program that crashed, by arch/x86/kernel/traps.c; a line of systemd's.
+            "[    1.5] traps: a.out[123] general protection fault ip:5581 sp:7ffc error:0 in a.out[5581+1000]",
+            "[FAILED] WARNING: no such unit",
         ] {
             assert_eq!(judge(Rules::default(), line), [], "{line}");
         }
