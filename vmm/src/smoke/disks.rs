@@ -38,7 +38,8 @@ impl Prepared {
         let mut machine = cell.machine.clone().absolute()?;
         let mut copies = Vec::new();
         for (at, disk) in machine.disks.iter_mut().enumerate() {
-            let wanted = disk.access == Access::Snapshot && (keep || scenario.checks_disk(at));
+            // A block device is not kept, which is no reason not to run the test.
+            let wanted = disk.access == Access::Snapshot && (scenario.checks_disk(at) || keep && disk.path.is_file());
             let copy = if wanted { Some(copy(&disk.path, disk.snapshot_dir.take().as_deref(), stop)?) } else { None };
             if let Some(copy) = &copy {
                 disk.path = copy.path();
@@ -124,6 +125,22 @@ fn copy_sparse(from: &mut File, to: &mut File, stop: &AtomicBool) -> io::Result<
 mod tests {
     use super::*;
     use std::os::unix::fs::{FileExt, MetadataExt};
+
+    /// A character device in its place.
+    #[test]
+    fn a_block_device_is_copied_only_where_a_step_needs_it() {
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::write(folder.path().join("k"), "").unwrap();
+        let prepare = |rest: &str| {
+            let text = format!("machine = {{ kernel = 'k', disk = [{{ path = '/dev/null' }}] }}\n{rest}");
+            let scenario = Scenario::parse(&folder.path().join("a.toml"), &text).unwrap();
+            Prepared::new(&scenario, &scenario.cells[0], true, &AtomicBool::new(false))
+        };
+        let prepared = prepare("[[step]]\nwait = 'x'\n").unwrap();
+        assert!(prepared.copies[0].is_none() && prepared.images == [Path::new("/dev/null")]);
+        let error = prepare("[[step]]\nexpect = 'poweroff'\n[[step]]\ncheck-disk = 'disk0'\n").unwrap_err();
+        assert!(error.to_string().starts_with("disk /dev/null: only an image in a file"), "{error}");
+    }
 
     #[test]
     fn a_copy_has_the_content_and_the_holes() {
