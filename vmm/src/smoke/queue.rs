@@ -32,6 +32,16 @@ struct State {
     outcomes: Vec<Option<Outcome>>,
 }
 
+/// What there is for a thread that asks for a test.
+enum Next {
+    /// This one, which counts as running from now on.
+    Test(usize),
+    /// One for which there is no room yet.
+    Later,
+    /// There is none any more.
+    Over,
+}
+
 impl Queue {
     /// `needs` of the tests in their order; `memory`, and `cpus` if they count.
     pub(super) fn new(needs: Vec<(u64, usize)>, memory: u64, cpus: Option<usize>) -> Self {
@@ -43,22 +53,28 @@ impl Queue {
     /// The next test, when there is room for it: at least one runs always. `None`: there is no more, or it is to stop.
     pub(super) fn take(&self, stop: &AtomicBool) -> Option<usize> {
         let mut state = self.lock();
-        loop {
-            if stop.load(Ordering::Relaxed) {
-                return None;
+        while !stop.load(Ordering::Relaxed) {
+            match self.next(&mut state) {
+                Next::Test(at) => return Some(at),
+                Next::Over => return None,
+                Next::Later => state = self.changed.wait_timeout(state, TICK).unwrap_or_else(PoisonError::into_inner).0,
             }
-            let at = state.next;
-            let &(memory, cpus) = self.needs.get(at)?;
-            let (bytes, vcpus) = (state.taken.0 + memory, state.taken.1 + cpus);
-            let fits = bytes <= self.room.0 && self.room.1.is_none_or(|room| vcpus <= room);
-            if fits || state.running == 0 {
-                state.next += 1;
-                state.running += 1;
-                state.taken = (bytes, vcpus);
-                return Some(at);
-            }
-            state = self.changed.wait_timeout(state, TICK).unwrap_or_else(PoisonError::into_inner).0;
         }
+        None
+    }
+
+    fn next(&self, state: &mut State) -> Next {
+        let at = state.next;
+        let Some(&(memory, cpus)) = self.needs.get(at) else { return Next::Over };
+        let (bytes, vcpus) = (state.taken.0 + memory, state.taken.1 + cpus);
+        let fits = bytes <= self.room.0 && self.room.1.is_none_or(|room| vcpus <= room);
+        if !fits && state.running > 0 {
+            return Next::Later;
+        }
+        state.next += 1;
+        state.running += 1;
+        state.taken = (bytes, vcpus);
+        Next::Test(at)
     }
 
     /// The test is over, and its machine gone.
@@ -114,20 +130,8 @@ mod tests {
 
     /// As many as fit are taken from the front.
     fn fit(queue: &Queue) -> usize {
-        let stop = AtomicBool::new(false);
-        let mut taken = 0;
-        loop {
-            let state = queue.lock();
-            let Some(&(memory, cpus)) = queue.needs.get(state.next) else { return taken };
-            let (bytes, vcpus) = (state.taken.0 + memory, state.taken.1 + cpus);
-            let waits = bytes > queue.room.0 || queue.room.1.is_some_and(|room| vcpus > room);
-            if waits && state.running > 0 {
-                return taken;
-            }
-            drop(state);
-            queue.take(&stop).unwrap();
-            taken += 1;
-        }
+        let mut state = queue.lock();
+        std::iter::from_fn(|| matches!(queue.next(&mut state), Next::Test(_)).then_some(())).count()
     }
 
     #[test]
