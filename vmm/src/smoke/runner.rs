@@ -179,13 +179,13 @@ fn keep_all(
 fn folder_name(test: &str) -> String {
     let plain = |letter: char| if letter.is_alphanumeric() || "=._-#".contains(letter) { letter } else { '_' };
     let mut name: String = test.chars().map(plain).collect();
-    if name.len() > LONGEST_NAME {
-        name.truncate((0..=LONGEST_NAME).rev().find(|at| name.is_char_boundary(*at)).unwrap_or(0));
-        let mut hasher = DefaultHasher::new();
-        test.hash(&mut hasher);
-        name += &format!("-{:016x}", hasher.finish());
+    if name.len() <= LONGEST_NAME {
+        return name;
     }
-    name
+    name.truncate((0..=LONGEST_NAME).rev().find(|at| name.is_char_boundary(*at)).unwrap_or(0));
+    let mut hasher = DefaultHasher::new();
+    test.hash(&mut hasher);
+    format!("{name}-{:016x}", hasher.finish())
 }
 
 fn not_run(test: &TestId, verdict: Verdict, summary: String) -> Outcome {
