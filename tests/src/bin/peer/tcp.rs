@@ -40,26 +40,27 @@ fn answer(mut stream: &TcpStream, content: &Content) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Transfers `up` and `down` bytes on each of `streams` connections at once.
+/// Transfers `up` and `down` bytes on each of `streams` connections at once, once it has said that these are there.
 pub(crate) fn transfer(address: &str, streams: u64, up: u64, down: u64) -> anyhow::Result<()> {
-    let content = Content::new();
+    let content = &Content::new();
+    let connect = |_| TcpStream::connect(address).with_context(|| format!("connecting to {address}"));
+    let connections = (0..streams).map(connect).collect::<anyhow::Result<Vec<_>>>()?;
+    println!("connected");
     thread::scope(|scope| {
-        let content = &content;
-        let run = move |seed| scope.spawn(move || one_transfer(address, content, seed, up, down));
-        let threads: Vec<_> = (0..streams).map(|stream| run(2 * stream)).collect();
+        let run = |(stream, seed)| scope.spawn(move || one_transfer(stream, content, seed, up, down));
+        let threads: Vec<_> = connections.iter().zip((0..).step_by(2)).map(run).collect();
         threads.into_iter().try_for_each(|thread| thread.join().expect("no panic"))
     })?;
     println!("intact: {streams} streams, {up} bytes up and {down} down each");
     Ok(())
 }
 
-fn one_transfer(address: &str, content: &Content, seed: u64, up: u64, down: u64) -> anyhow::Result<()> {
-    let stream = TcpStream::connect(address).with_context(|| format!("connecting to {address}"))?;
+fn one_transfer(mut stream: &TcpStream, content: &Content, seed: u64, up: u64, down: u64) -> anyhow::Result<()> {
     for number in [seed, up, down] {
-        (&stream).write_all(&number.to_le_bytes())?;
+        stream.write_all(&number.to_le_bytes())?;
     }
-    exchange(&stream, content, (seed, up), (seed + 1, down))?;
-    let counted = read_number(&stream).context("the other end did not say that it is content")?;
+    exchange(stream, content, (seed, up), (seed + 1, down))?;
+    let counted = read_number(stream).context("the other end did not say that it is content")?;
     ensure!(counted == up, "the other end counted {counted} bytes of {up}");
     Ok(())
 }

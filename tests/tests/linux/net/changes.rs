@@ -14,16 +14,19 @@ const MIB: u32 = 1 << 20;
 /// How often the driver leaves.
 const ROUNDS: usize = 100;
 
-/// Starts a transfer in the guest that goes on meanwhile.
+/// Starts a transfer in the guest that goes on meanwhile. Its connections are there, which a link that is down would refuse.
 fn begin(guest: &mut Machine, bytes: u32) {
     let transfer = tcp("192.0.2.1", 2, bytes, bytes);
-    guest.ask(&format!("rm -f /tmp/code; (peer {transfer}; echo $? >/tmp/code) >/tmp/transfer 2>&1 &"));
+    let started = "until [ -s /tmp/transfer ]; do usleep 10000; done";
+    guest.ask(&format!(
+        "rm -f /tmp/code /tmp/transfer; (peer {transfer}; echo $? >/tmp/code) >/tmp/transfer 2>&1 & {started}"
+    ));
 }
 
 /// That it ends well.
 fn finish(guest: &mut Machine) {
     let code = guest.ask("until [ -s /tmp/code ]; do usleep 10000; done; cat /tmp/transfer /tmp/code");
-    assert!(code.starts_with("intact") && code.ends_with("\n0"), "{code}");
+    assert!(code.starts_with("connected\nintact") && code.ends_with("\n0"), "{code}");
 }
 
 #[test]
