@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Every test there is: installs what they need (Debian and Ubuntu), then formatting, lints, unit and documentation
 # tests, the bare-metal guest, and the Linux guests and scenarios, which run in the lab where this host has no hardware
-# KVM. The last line is "N passed, N failed, N skipped"; the exit code is 0 if nothing failed.
+# KVM. The last line is "N passed, N failed, N skipped", and how many passed at their second try in the lab, if any did; the exit
+# code is 0 if nothing failed.
 # Usage: tests/run.sh
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -75,13 +76,16 @@ left_out=$(sed -n 's/^ *<testsuite .* skipped="\([0-9]*\)".*/\1/p' "$results" 2>
     awk '{ n += $1 } END { print n + 0 }' || true)
 gave_up=$(grep -c '^SKIPPED [a-z_]*::' "$log" || true)
 not_run=$(awk '/^SKIPPED [0-9]+ tests of/ { n += $2 } END { print n + 0 }' "$log")
+# What the runner ran twice counts once.
+twice=$(awk '/^RERUN [0-9]+ tests of/ { n += $2 } END { print n + 0 }' "$log")
+flaky=$(grep -c '^FLAKY ' "$log" || true)
 passed=$(($(sum passed) - gave_up + scenarios - bad_scenarios - left_out))
-failed=$(($(sum failed) + bad_scenarios))
+failed=$(($(sum failed) - twice + bad_scenarios))
 skipped=$(($(sum ignored) + gave_up + not_run + left_out))
 
 echo
 if [[ $scenarios -gt 0 ]]; then tests/scenarios/summary "$results" || failed_steps+=("summary of the scenarios"); fi
-grep '^SKIPPED ' "$log" || true
+grep -E '^(SKIPPED|FLAKY) ' "$log" || true
 grep -E '^test .* \.\.\. FAILED$|^.* --- FAILED$' "$log" || true
 if [[ ${#failed_steps[@]} -gt 0 ]]; then
     printf 'failed: %s\n' "${failed_steps[@]}"
@@ -89,5 +93,6 @@ if [[ ${#failed_steps[@]} -gt 0 ]]; then
     if [[ $failed -eq 0 ]]; then failed=${#failed_steps[@]}; fi
     if [[ -d $target/lab/logs ]]; then echo "consoles of failed guests: $target/lab/logs"; fi
 fi
-echo "$passed passed, $failed failed, $skipped skipped"
+second=$(if [[ $flaky -gt 0 ]]; then echo ", $flaky passed at the second try"; fi)
+echo "$passed passed, $failed failed, $skipped skipped$second"
 [[ $failed -eq 0 ]]
