@@ -230,6 +230,18 @@ impl Running {
         self.0.stdout.take().expect("a piped stdout").read_to_string(&mut text).expect("text");
         text
     }
+
+    /// Waits until it ends by itself, and returns what it wrote since its first line.
+    ///
+    /// # Panics
+    /// If it fails, or that is no text.
+    pub fn finish(mut self) -> String {
+        let mut text = String::new();
+        self.0.stdout.take().expect("a piped stdout").read_to_string(&mut text).expect("text");
+        let status = self.0.wait().expect("a child");
+        assert!(status.success(), "{status}: {text}");
+        text
+    }
 }
 
 impl Drop for Running {

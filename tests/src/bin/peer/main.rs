@@ -4,6 +4,7 @@
 mod content;
 mod names;
 mod packet;
+mod sizes;
 mod tap;
 mod tcp;
 mod udp;
@@ -33,6 +34,10 @@ enum Command {
     Echo { interface: String },
     /// Have raw frames of these sizes answered: A-B or A-B/STEP
     Frames { interface: String, sizes: Vec<String> },
+    /// Send raw frames of these sizes, to an interface or to who connects to a socket, until `count` has all of them
+    Sizes { to: String, sizes: Vec<String> },
+    /// Compare frames that `sizes` sends at the other end
+    Count { interface: String },
     /// Send raw frames until the interface is gone
     Flood { interface: String },
     /// Answer every question for an address, over UDP at port 53 of this address
@@ -54,6 +59,8 @@ fn main() -> anyhow::Result<()> {
         Command::Requests { address, seconds } => tcp::requests(&address, Duration::from_secs(seconds)),
         Command::Echo { interface } => packet::echo(&interface),
         Command::Frames { interface, sizes } => packet::ask(&interface, &all_sizes(&sizes)?),
+        Command::Sizes { to, sizes } => sizes::send(&to, &all_sizes(&sizes)?),
+        Command::Count { interface } => sizes::count(&interface),
         Command::Flood { interface } => packet::flood(&interface),
         Command::Names { address } => names::serve(&address),
         Command::Odd { interface, count } => packet::odd_headers(&interface, count),

@@ -19,7 +19,7 @@ use crate::content::{Content, PIECE};
 const HEADER: usize = 14;
 
 /// For experiments of one's own (IEEE 802, Local Experimental EtherType 1).
-const ETHERTYPE: u16 = 0x88b5;
+pub(crate) const ETHERTYPE: u16 = 0x88b5;
 
 const ASKING: u8 = 1;
 const ANSWERING: u8 = 2;
@@ -34,7 +34,7 @@ const PATIENCE: Duration = Duration::from_millis(500);
 const PACKET_VNET_HDR: libc::c_int = 15;
 
 /// A packet socket for frames of our type on one interface. What it sends and receives are whole frames.
-fn open(interface: &str, with_vnet_header: bool) -> anyhow::Result<UdpSocket> {
+pub(crate) fn open(interface: &str, with_vnet_header: bool) -> anyhow::Result<UdpSocket> {
     let name = CString::new(interface)?;
     // SAFETY: a string that ends with a zero.
     let index = unsafe { libc::if_nametoindex(name.as_ptr()) };

@@ -5,6 +5,7 @@ mod frames;
 mod limits;
 mod macvtap;
 mod passt;
+mod sizes;
 mod transfers;
 
 use std::fs;

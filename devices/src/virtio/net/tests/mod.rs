@@ -27,6 +27,7 @@ mod hostile;
 mod limits;
 mod link;
 mod receive;
+mod sizes;
 mod tap;
 
 // virtio 1.2, 5.1.3.
@@ -199,9 +200,7 @@ impl Bench {
     }
 
     fn with(pairs: u16, features: u64, size: u16) -> Self {
-        let memory = Arc::new(GuestMemoryMmap::from_ranges(&[(GuestAddress(0), MEMORY)]).unwrap());
-        memory.write_slice(&vec![UNTOUCHED; MEMORY - DATA as usize], GuestAddress(DATA)).unwrap();
-        let (ends, statistics) = (Arc::new(Ends::default()), Arc::new(Statistics::default()));
+        let ends = Arc::new(Ends::default());
         let mut hosts = Vec::new();
         let mut ports: Vec<Box<dyn Port>> = Vec::new();
         ends.enabled.store(0xff >> (8 - pairs), Ordering::SeqCst);
@@ -211,6 +210,14 @@ impl Bench {
             hosts.push(host);
             ports.push(Box::new(SocketPort { socket, number: number as u8, ends: ends.clone() }));
         }
+        Self { hosts, ends, ..Self::over(Backend::new(ports, Offloads::ALL), features, size) }
+    }
+
+    /// Over another back end.
+    fn over(backend: Backend, features: u64, size: u16) -> Self {
+        let memory = Arc::new(GuestMemoryMmap::from_ranges(&[(GuestAddress(0), MEMORY)]).unwrap());
+        memory.write_slice(&vec![UNTOUCHED; MEMORY - DATA as usize], GuestAddress(DATA)).unwrap();
+        let (pairs, statistics) = (backend.pairs(), Arc::new(Statistics::default()));
         let options = NetOptions {
             number: 0,
             id: "net0".to_owned(),
@@ -220,7 +227,7 @@ impl Bench {
             limits: Limits::default(),
             statistics: statistics.clone(),
         };
-        let net = Net::new(Arc::new(Backend::new(ports, Offloads::ALL)), options);
+        let net = Net::new(Arc::new(backend), options);
         let event = || EventFd::new(EFD_NONBLOCK).unwrap();
         let count = net.queue_sizes().len() as u64;
         let queues = (0..count).map(|index| Queue {
@@ -232,6 +239,7 @@ impl Bench {
         let lines = Lines { queues: (0..count).map(|_| event()).collect(), config: event(), reset: event() };
         let (queues, lines) = (queues.collect(), Arc::new(lines));
         let control = if features & MQ == 0 { 2 } else { 2 * usize::from(pairs) };
+        let (hosts, ends) = (Vec::new(), Arc::default());
         Self { net, memory, queues, lines, hosts, ends, control, features, statistics }
     }
 
