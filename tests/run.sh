@@ -74,8 +74,9 @@ scenarios=$(junit tests)
 bad_scenarios=$(($(junit failures) + $(junit errors)))
 left_out=$(sed -n 's/^ *<testsuite .* skipped="\([0-9]*\)".*/\1/p' "$results" 2>/dev/null |
     awk '{ n += $1 } END { print n + 0 }' || true)
-gave_up=$(grep -c '^SKIPPED [a-z_]*::' "$log" || true)
-not_run=$(awk '/^SKIPPED [0-9]+ tests of/ { n += $2 } END { print n + 0 }' "$log")
+skips=$(tests/skip/lines "$log")
+gave_up=$(grep -c '^SKIPPED [a-z_]*::' <<<"$skips" || true)
+not_run=$(awk '/^SKIPPED [0-9]+ tests of/ { n += $2 } END { print n + 0 }' <<<"$skips")
 # What the runner ran twice counts once.
 twice=$(awk '/^RERUN [0-9]+ tests of/ { n += $2 } END { print n + 0 }' "$log")
 flaky=$(grep -c '^FLAKY ' "$log" || true)
@@ -85,7 +86,8 @@ skipped=$(($(sum ignored) + gave_up + not_run + left_out))
 
 echo
 if [[ $scenarios -gt 0 ]]; then tests/scenarios/summary "$results" || failed_steps+=("summary of the scenarios"); fi
-grep -E '^(SKIPPED|FLAKY) ' "$log" || true
+if [[ -n $skips ]]; then echo "$skips"; fi
+grep '^FLAKY ' "$log" || true
 grep -E '^test .* \.\.\. FAILED$|^.* --- FAILED$' "$log" || true
 if [[ ${#failed_steps[@]} -gt 0 ]]; then
     printf 'failed: %s\n' "${failed_steps[@]}"

@@ -108,7 +108,6 @@ pub(crate) fn discard_device(file: &File, start: u64, len: u64) -> io::Result<()
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::io::Write;
     use std::process::Command;
 
     use crate::engine::conformance::attach;
@@ -145,8 +144,7 @@ mod tests {
             let device = match attach(image.path(), sector) {
                 Ok(device) => device,
                 Err(why) => {
-                    // Past the capture of the test harness.
-                    let _ = writeln!(io::stderr(), "SKIPPED block::a_block_device_says_what_it_likes: {why}");
+                    skip::because(why);
                     return;
                 }
             };

@@ -101,7 +101,7 @@ mod tests {
             for round in 1..=40_u8 {
                 let (disk, backing) = match half_broken() {
                     Ok(found) => found,
-                    Err(reason) => return println!("SKIPPED block::witness: no loop device here: {reason}"),
+                    Err(reason) => return skip::because(format_args!("no loop device here: {reason}")),
                 };
                 let memory = memory(1 << 16);
                 memory.write_slice(&[round; BLOCK as usize], GuestAddress(at(0))).unwrap();

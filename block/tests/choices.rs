@@ -4,7 +4,7 @@
 
 use std::ffi::CString;
 use std::fs::File;
-use std::io::{self, Write};
+use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::FileExt;
@@ -31,11 +31,6 @@ const AUTO: Wish = Wish { aio: None, cache: None, access: Access::Write };
 
 /// Held by every test: one that starts a program would for a moment have the locks of the others' images in it.
 static ALONE: Mutex<()> = Mutex::new(());
-
-fn skipped(test: &str, why: impl std::fmt::Display) {
-    // Past the capture of the test harness.
-    let _ = writeln!(io::stderr(), "SKIPPED choices::{test}: {why}");
-}
 
 /// A folder where the build is; a temporary one may be in memory.
 fn folder() -> TempDir {
@@ -104,11 +99,11 @@ fn decision(choice: &Choice) -> (Aio, CacheMode) {
 }
 
 /// Whether the folder of the build is on a filesystem whose files are as the tests expect.
-fn is_usual(folder: &Path, test: &str) -> bool {
+fn is_usual(folder: &Path) -> bool {
     let facts = Facts::gather(&image(folder, Image::Written), 1).unwrap();
     let usual = matches!(&facts.kind, Kind::File { filesystem, .. } if ["ext4", "xfs"].contains(&filesystem.name));
     if !usual || facts.host.native.is_err() || facts.host.io_uring.is_err() {
-        skipped(test, format_args!("needs ext4 or xfs, linux-aio and io_uring, not {facts:?}"));
+        skip::because(format_args!("needs ext4 or xfs, linux-aio and io_uring, not {facts:?}"));
         return false;
     }
     true
@@ -118,7 +113,7 @@ fn is_usual(folder: &Path, test: &str) -> bool {
 fn files_on_a_usual_filesystem() {
     let _alone = ALONE.lock();
     let folder = folder();
-    if !is_usual(folder.path(), "files_on_a_usual_filesystem") {
+    if !is_usual(folder.path()) {
         return;
     }
     for (kind, aio) in [(Image::Written, Aio::Native), (Image::Reserved, Aio::Native), (Image::Sparse, Aio::IoUring)] {
@@ -155,7 +150,7 @@ fn block_devices() {
         let losetup = Command::new("losetup").args(["--find", "--show", "--sector-size", sector]).arg(path).output();
         let device = match losetup {
             Ok(made) if made.status.success() => PathBuf::from(String::from_utf8(made.stdout).unwrap().trim()),
-            other => return skipped("block_devices", format_args!("no loop device: {other:?}")),
+            other => return skip::because(format_args!("no loop device: {other:?}")),
         };
         let choice = thread::scope(|scope| scope.spawn(|| open(&device, AUTO)).join());
         assert!(Command::new("losetup").arg("-d").arg(&device).status().unwrap().success());
@@ -176,9 +171,7 @@ fn files_in_an_overlay() {
     let options = format!("lowerdir={},upperdir={},workdir={}", lower.display(), upper.display(), work.display());
     // The mount is that thread's alone, and gone with it.
     let test = move || {
-        if let Err(error) = mount_overlay(&options, &target) {
-            return skipped("files_in_an_overlay", format_args!("no overlay can be mounted: {error}"));
-        }
+        mount_overlay(&options, &target)?;
         let path = target.join("disk.img");
         let facts = Facts::gather(&path, 1).unwrap();
         assert!(matches!(&facts.kind, Kind::File { filesystem, .. } if filesystem.name == "overlayfs"), "{facts:?}");
@@ -187,8 +180,11 @@ fn files_in_an_overlay() {
         let cache = if dd.unwrap().status.success() { CacheMode::None } else { CacheMode::Writeback };
         // No overlayfs so far can be asked not to wait.
         assert_eq!(decision(&open(&path, AUTO)), (Aio::Threads, cache), "{facts:?}");
+        io::Result::Ok(())
     };
-    thread::spawn(test).join().unwrap();
+    if let Err(error) = thread::spawn(test).join().unwrap() {
+        skip::because(format_args!("no overlay can be mounted: {error}"));
+    }
 }
 
 fn mount_overlay(options: &str, target: &Path) -> io::Result<()> {
@@ -234,7 +230,7 @@ fn without(calls: &[Denied], test: impl FnOnce() + Send) {
 fn hosts_that_lack_engines() {
     let _alone = ALONE.lock();
     let folder = folder();
-    if !is_usual(folder.path(), "hosts_that_lack_engines") {
+    if !is_usual(folder.path()) {
         return;
     }
     let (uring, native) = (libc::SYS_io_uring_setup, libc::SYS_io_setup);
@@ -271,10 +267,10 @@ fn hosts_that_lack_engines() {
 fn a_disk_with_more_queues_than_linux_aio_has_left() {
     let _alone = ALONE.lock();
     let Some(room) = native::room().filter(|_| Host::gather(1).native.is_ok()) else {
-        return skipped("a_disk_with_more_queues_than_linux_aio_has_left", "no linux-aio");
+        return skip::because("no linux-aio");
     };
     let Ok(queues) = u16::try_from(room / 256 + 1) else {
-        return skipped("a_disk_with_more_queues_than_linux_aio_has_left", "this host has more than enough");
+        return skip::because("this host has more than enough");
     };
     let missing = Aio::Native.probe(queues).unwrap_err();
     assert!(missing.reason().contains("too few are left") && missing.remedy().contains("fs.aio-max-nr"), "{missing}");
@@ -285,7 +281,7 @@ fn a_disk_with_more_queues_than_linux_aio_has_left() {
 fn an_engine_that_does_not_start_after_all_is_replaced() {
     let _alone = ALONE.lock();
     let folder = folder();
-    if !is_usual(folder.path(), "an_engine_that_does_not_start_after_all_is_replaced") {
+    if !is_usual(folder.path()) {
         return;
     }
     let path = image(folder.path(), Image::Written);

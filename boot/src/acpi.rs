@@ -213,7 +213,6 @@ fn mcfg(config: &AcpiConfig) -> Vec<u8> {
 
 #[cfg(test)]
 mod tests {
-    use std::io::Write;
     use std::path::Path;
     use std::process::{Command, Output};
 
@@ -359,10 +358,7 @@ mod tests {
                 panic!("cannot run {name} (package acpica-tools): {error}")
             }
             Err(error) => {
-                let _ = writeln!(
-                    std::io::stderr(),
-                    "SKIPPED acpi::tests: cannot run {name} (package acpica-tools): {error}"
-                );
+                skip::because(format_args!("cannot run {name} (package acpica-tools): {error}"));
                 None
             }
         }

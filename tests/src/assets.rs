@@ -42,11 +42,11 @@ pub fn peer() -> PathBuf {
     path
 }
 
-/// Whether this host has vhost-net for this user. If not, that is said of the test `name`.
-pub fn has_vhost(name: &str) -> bool {
+/// Whether this host has vhost-net for this user. If not, that is said.
+pub fn has_vhost() -> bool {
     let has = std::fs::File::options().read(true).write(true).open("/dev/vhost-net").is_ok();
     if !has {
-        crate::network::skipped(name, "no /dev/vhost-net for this user");
+        skip::because("no /dev/vhost-net for this user");
     }
     has
 }

@@ -51,15 +51,14 @@ impl Skiff {
     }
 
     /// The stock kernel with the test guest and fio and mkfs.ext4 in it. `None` if these were not built, which is then
-    /// said of the test `name`. The initrd is made in `folder`.
+    /// said. The initrd is made in `folder`.
     ///
     /// # Panics
     /// If that cannot be written to.
-    pub fn with_tools(folder: &Path, name: &str) -> Option<Self> {
+    pub fn with_tools(folder: &Path) -> Option<Self> {
         let Some(initrd) = assets::tools_initrd(folder) else {
             let reason = "no fio for the guest; resources/rootfs/tools makes it where a mirror can be reached";
-            // Past the capture of the test harness.
-            let _ = writeln!(std::io::stderr(), "SKIPPED {name}: {reason}");
+            skip::because(reason);
             return None;
         };
         Some(Self::with("vmlinuz", &initrd))

@@ -4,7 +4,7 @@
 
 use std::ffi::OsStr;
 use std::fs;
-use std::io::{Read, Write};
+use std::io::Read;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command, Stdio};
@@ -24,11 +24,11 @@ pub struct Network {
 
 impl Network {
     /// A namespace with nothing in it but a loopback interface. `None` if this host does not let this user have one or has
-    /// no TAP interfaces; that is then said of the test `name`.
+    /// no TAP interfaces; that is then said.
     ///
     /// # Panics
     /// If the tools are missing.
-    pub fn new(name: &str) -> Option<Self> {
+    pub fn new() -> Option<Self> {
         let is_mapped = fs::metadata("/proc/self").expect("/proc").uid() != 0;
         let mut command = Command::new("unshare");
         if is_mapped {
@@ -40,7 +40,7 @@ impl Network {
         let begun = holder.stdout.as_mut().expect("a piped stdout").read(&mut [0]).expect("a pipe");
         let network = Self { holder, _input: input, is_mapped };
         if begun == 0 || fs::File::options().read(true).write(true).open("/dev/net/tun").is_err() {
-            skipped(name, "no network namespaces or no /dev/net/tun for this user");
+            skip::because("no network namespaces or no /dev/net/tun for this user");
             return None;
         }
         network.run(["ip", "link", "set", "lo", "up"]);
@@ -120,15 +120,15 @@ impl Network {
     }
 
     /// Two ends of a cable, `near` and `far`, which has 192.0.2.1/24 and 2001:db8::1/64. Both are up. `None` if this host has
-    /// none; that is then said of the test `name`.
+    /// none; that is then said.
     ///
     /// # Panics
     /// If they cannot be set up.
-    pub fn cable(&self, name: &str) -> Option<()> {
+    pub fn cable(&self) -> Option<()> {
         let mut add = self.command("ip");
         let added = add.args("link add near type veth peer name far".split(' ')).stderr(Stdio::null()).status();
         if !added.expect("nsenter of util-linux").success() {
-            skipped(name, "no veth interfaces");
+            skip::because("no veth interfaces");
             return None;
         }
         self.run(["ip", "addr", "add", "192.0.2.1/24", "dev", "far"]);
@@ -140,11 +140,11 @@ impl Network {
     }
 
     /// A macvtap on the near end of the cable, with this address, and up. Returns its file; `None` if this host has none for
-    /// this user, which is then said of the test `name`.
+    /// this user, which is then said.
     ///
     /// # Panics
     /// If it cannot be brought up.
-    pub fn macvtap(&self, interface: &str, address: &str, name: &str) -> Option<PathBuf> {
+    pub fn macvtap(&self, interface: &str, address: &str) -> Option<PathBuf> {
         let mut add = self.command("ip");
         add.args([
             "link", "add", "link", "near", "name", interface, "address", address, "type", "macvtap", "mode", "bridge",
@@ -158,7 +158,7 @@ impl Network {
         });
         let file = file.filter(|file| fs::File::options().read(true).write(true).open(file).is_ok());
         if file.is_none() {
-            skipped(name, "no macvtap interfaces for this user");
+            skip::because("no macvtap interfaces for this user");
         }
         file
     }
@@ -252,13 +252,13 @@ impl Drop for Running {
 }
 
 /// The initrd of the test guest with the tools and the peer in it, as `/bin/peer`, made in `folder`. `None` if the tools
-/// were not built; that is then said of the test `name`.
+/// were not built; that is then said.
 ///
 /// # Panics
 /// If it cannot be written.
-pub fn initrd(folder: &Path, name: &str) -> Option<PathBuf> {
+pub fn initrd(folder: &Path) -> Option<PathBuf> {
     let Some(path) = assets::tools_initrd(folder) else {
-        skipped(name, "no ethtool for the guest; resources/rootfs/tools makes it where a mirror can be reached");
+        skip::because("no ethtool for the guest; resources/rootfs/tools makes it where a mirror can be reached");
         return None;
     };
     let bin = folder.join("peer/bin");
@@ -274,9 +274,4 @@ pub fn initrd(folder: &Path, name: &str) -> Option<PathBuf> {
 
 fn text(path: &Path) -> &str {
     path.to_str().expect("UTF-8")
-}
-
-/// Says, past the capture of the test harness, that a test found nothing to run on.
-pub fn skipped(name: &str, reason: &str) {
-    let _ = writeln!(std::io::stderr(), "SKIPPED {name}: {reason}");
 }

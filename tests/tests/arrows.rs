@@ -5,13 +5,14 @@ use std::collections::{BTreeMap, BTreeSet};
 use cargo_metadata::{DependencyKind, Metadata, MetadataCommand};
 
 /// Our crates and those of ours that each may use.
-const ARROWS: [(&str, &[&str]); 6] = [
+const ARROWS: [(&str, &[&str]); 7] = [
     ("skiff", &["devices", "boot", "block", "guest"]),
     ("devices", &["block"]),
     ("block", &[]),
     ("boot", &[]),
     ("guest", &[]),
-    ("tests", &["guest"]),
+    ("skip", &[]),
+    ("tests", &["guest", "skip"]),
 ];
 
 /// Libraries that stand for a subject, and the crates that may know it.

@@ -2,7 +2,6 @@
 //! exit code 2 for usage and 1 for a failed start, before anything was started or touched. No Linux guest runs here.
 
 use std::ffi::OsStr;
-use std::io::Write;
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
 
@@ -52,9 +51,9 @@ impl Folder {
 
     /// The same for a kernel, an initrd or a disk: what is wrong only shows when the machine starts, and that needs the
     /// host's KVM to be there.
-    fn does_not_start(&self, test: &str, words: &[&str], parts: &[&str]) {
+    fn does_not_start(&self, words: &[&str], parts: &[&str]) {
         if let Err(error) = std::fs::File::options().read(true).write(true).open("/dev/kvm") {
-            let _ = writeln!(std::io::stderr(), "SKIPPED cli::{test}: /dev/kvm: {error}");
+            skip::because(format_args!("/dev/kvm: {error}"));
             return;
         }
         self.refuses(words, FAILED_START, parts);
@@ -189,7 +188,7 @@ fn kernels_that_are_none() {
         ("aarch64", "aarch64", "x86-64 kernel"),
     ];
     for (name, what, remedy) in table {
-        folder.does_not_start("kernels_that_are_none", &["--kernel", name], &["--kernel", name, what, remedy]);
+        folder.does_not_start(&["--kernel", name], &["--kernel", name, what, remedy]);
     }
 }
 
@@ -197,9 +196,8 @@ fn kernels_that_are_none() {
 fn an_initrd_or_a_machine_that_does_not_fit() {
     let folder = Folder::new();
     folder.sized("huge", 1 << 30);
-    let test = "an_initrd_or_a_machine_that_does_not_fit";
     let fits = |words: &[&str], parts: &[&str]| {
-        folder.does_not_start(test, &[&["--kernel", "kernel"], words].concat(), parts);
+        folder.does_not_start(&[&["--kernel", "kernel"], words].concat(), parts);
     };
     fits(&["--initrd", "absent"], &["--initrd absent", "no such file", "check the path"]);
     fits(&["--initrd", "huge", "--memory", "256M"], &["--initrd huge", "does not fit", "more memory"]);
@@ -212,7 +210,6 @@ fn an_initrd_or_a_machine_that_does_not_fit() {
 #[test]
 fn memory_too_small_for_the_kernel() {
     let folder = Folder::new();
-    let test = "memory_too_small_for_the_kernel";
     let mut large = guest::ELF.to_vec();
     // The highest segment to load (PT_LOAD, 1) shall take 1 GiB of memory (System V ABI, Elf64_Phdr).
     let number = |at: usize| u64::from_le_bytes(guest::ELF[at..at + 8].try_into().unwrap());
@@ -221,7 +218,7 @@ fn memory_too_small_for_the_kernel() {
     let highest = segments.max_by_key(|at| number(at + 24)).expect("a segment to load");
     large[highest + 40..highest + 48].copy_from_slice(&(1u64 << 30).to_le_bytes());
     folder.file("large", large);
-    folder.does_not_start(test, &["--kernel", "large", "--memory", "64M"], &["the kernel", "memory", "give it more"]);
+    folder.does_not_start(&["--kernel", "large", "--memory", "64M"], &["the kernel", "memory", "give it more"]);
 }
 
 #[test]
@@ -231,7 +228,6 @@ fn disks_that_are_none() {
     folder.sized("good.img", 1 << 20);
     folder.file("empty.img", "");
     std::fs::create_dir(folder.path("folder")).unwrap();
-    let test = "disks_that_are_none";
     let table: &[(&[&str], &[&str])] = &[
         (&["absent.img"], &["absent.img", "does not exist", "check the path"]),
         (&["folder"], &["folder", "is a directory", "name a raw image"]),
@@ -246,7 +242,7 @@ fn disks_that_are_none() {
     for (disks, parts) in table {
         let mut words = vec!["--kernel", "kernel"];
         words.extend(disks.iter().flat_map(|disk| ["--disk", disk]));
-        folder.does_not_start(test, &words, &[&["--disk"], *parts].concat());
+        folder.does_not_start(&words, &[&["--disk"], *parts].concat());
     }
     assert_eq!(std::fs::metadata(folder.path("odd.img")).unwrap().len(), 1000);
 }
@@ -274,10 +270,10 @@ fn a_failed_start_touches_no_image() {
 }
 
 /// Runs skiff in a mount namespace of its own after a command that changes /dev; `None` where the host forbids that.
-fn in_changed_dev(folder: &Folder, change: &str, test: &str) -> Option<Output> {
+fn in_changed_dev(folder: &Folder, change: &str) -> Option<Output> {
     let run = |script: &str| folder.command("unshare", &["--map-root-user", "--mount", "sh", "-c", script]);
     if !run("true").status.success() {
-        let _ = writeln!(std::io::stderr(), "SKIPPED cli::{test}: this host forbids user namespaces");
+        skip::because("this host forbids user namespaces");
         return None;
     }
     Some(run(&format!("{change} && exec '{}' run --kernel kernel", assets::skiff().display())))
@@ -286,7 +282,7 @@ fn in_changed_dev(folder: &Folder, change: &str, test: &str) -> Option<Output> {
 #[test]
 fn no_kvm() {
     let folder = Folder::new();
-    let Some(output) = in_changed_dev(&folder, "mount -t tmpfs none /dev", "no_kvm") else { return };
+    let Some(output) = in_changed_dev(&folder, "mount -t tmpfs none /dev") else { return };
     refused(&output, &["run"], FAILED_START, &["/dev/kvm", "no such device"]);
     // Which of the remedies it is depends on the host.
     let line = String::from_utf8_lossy(&output.stderr);
@@ -297,11 +293,11 @@ fn no_kvm() {
 fn something_else_called_kvm() {
     let folder = Folder::new();
     if !Path::new("/dev/kvm").exists() {
-        let _ = writeln!(std::io::stderr(), "SKIPPED cli::something_else_called_kvm: no /dev/kvm to cover");
+        skip::because("no /dev/kvm to cover");
         return;
     }
     let change = "mount --bind /dev/null /dev/kvm";
-    let Some(output) = in_changed_dev(&folder, change, "something_else_called_kvm") else { return };
+    let Some(output) = in_changed_dev(&folder, change) else { return };
     refused(&output, &["run"], FAILED_START, &["/dev/kvm", "KVM API version", "modprobe"]);
 }
 
@@ -322,7 +318,7 @@ fn no_rights() {
         refused(&folder.command("setpriv", &words), &words, FAILED_START, &["/dev/kvm", "permission denied", "group"]);
         return;
     };
-    let _ = writeln!(std::io::stderr(), "SKIPPED cli::no_rights: {reason}");
+    skip::because(reason);
 }
 
 #[test]

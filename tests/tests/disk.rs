@@ -100,7 +100,7 @@ time.sleep(600)";
     let mut holder = Command::new("python3");
     holder.args(["-c", flock]).arg(&path).stdout(std::process::Stdio::piped());
     let Ok(mut holder) = holder.spawn() else {
-        eprintln!("SKIPPED disk::explains_an_image_in_use: python3 is not installed");
+        skip::because("python3 is not installed");
         return;
     };
     let mut line = [0; 7];

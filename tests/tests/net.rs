@@ -6,7 +6,6 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
 use tempfile::TempDir;
-use tests::network::skipped;
 use tests::{Network, assets};
 
 const USAGE: i32 = 2;
@@ -21,13 +20,12 @@ struct Host {
 
 impl Host {
     /// What is wrong with an interface only shows when the machine starts, and that needs the host's KVM to be there.
-    fn new(test: &str) -> Option<Self> {
-        let name = format!("net::{test}");
+    fn new() -> Option<Self> {
         if let Err(error) = File::options().read(true).write(true).open("/dev/kvm") {
-            skipped(&name, &format!("/dev/kvm: {error}"));
+            skip::because(format_args!("/dev/kvm: {error}"));
             return None;
         }
-        let network = Network::new(&name)?;
+        let network = Network::new()?;
         let folder = tempfile::tempdir().expect("a scratch folder");
         let kernel = folder.path().join("kernel");
         fs::write(&kernel, guest::ELF).expect("a scratch file");
@@ -103,7 +101,7 @@ fn values_that_no_interface_has() {
 
 #[test]
 fn interfaces_that_cannot_be_used() {
-    let Some(host) = Host::new("interfaces_that_cannot_be_used") else { return };
+    let Some(host) = Host::new() else { return };
     host.network.tap("tap0", 1);
     host.refuses(&["tap=tap1"], &["--net tap=tap1", "no such interface", "\"tap0\"", "ip tuntap add tap1 mode tap"]);
     host.refuses(&["tap=lo"], &["--net tap=lo", "neither a TAP nor a macvtap", "bridge"]);
@@ -114,7 +112,7 @@ fn interfaces_that_cannot_be_used() {
 
 #[test]
 fn files_that_are_no_taps() {
-    let Some(host) = Host::new("files_that_are_no_taps") else { return };
+    let Some(host) = Host::new() else { return };
     let peer = assets::peer();
     let peer = peer.to_str().expect("UTF-8");
     let refuses = |wrapper: &[&str], parts: &[&str]| host.refuses_by(wrapper, &["fd=7"], FAILED_START, parts);
@@ -128,7 +126,7 @@ fn files_that_are_no_taps() {
 /// What skiff creates is as it was asked for while it runs, and gone afterwards.
 #[test]
 fn an_interface_of_our_own() {
-    let Some(host) = Host::new("an_interface_of_our_own") else { return };
+    let Some(host) = Host::new() else { return };
     for (net, address, bits, mtu) in [
         ("tap=,host-ip=192.0.2.1/24,mtu=9000", "192.0.2.1", 24, 9000),
         ("tap=skiff0,host-ip=198.51.100.4/31,queues=2", "198.51.100.4", 31, 1500),
@@ -157,7 +155,7 @@ fn an_interface_of_our_own() {
 /// A TAP that somebody set up is used as it is, and left so.
 #[test]
 fn an_interface_of_others_stays_as_it_is() {
-    let Some(host) = Host::new("an_interface_of_others_stays_as_it_is") else { return };
+    let Some(host) = Host::new() else { return };
     host.network.tap("tap0", 2);
     host.run(&["ip", "link", "set", "tap0", "mtu", "1400", "address", "52:54:00:00:00:77"]);
     let shown = || {
@@ -182,7 +180,7 @@ fn an_interface_of_others_stays_as_it_is() {
 
 #[test]
 fn an_interface_in_use() {
-    let Some(host) = Host::new("an_interface_in_use") else { return };
+    let Some(host) = Host::new() else { return };
     host.network.tap("tap0", 1);
     // The machine starts again and again.
     let mut command = Command::new(assets::skiff());
@@ -194,7 +192,7 @@ fn an_interface_in_use() {
 /// Root's files without root's capabilities, so that it is the interface that is refused and not the host's KVM.
 #[test]
 fn interfaces_of_others() {
-    let Some(host) = Host::new("interfaces_of_others") else { return };
+    let Some(host) = Host::new() else { return };
     let bare = ["setpriv", "--bounding-set=-all", "--inh-caps=-all"];
     host.refuses_by(
         &bare,
@@ -204,7 +202,7 @@ fn interfaces_of_others() {
     );
     let owned = host.network.command("ip").args("tuntap add tap0 mode tap user 65534".split(' ')).output();
     if !owned.expect("nsenter of util-linux").status.success() {
-        skipped("net::interfaces_of_others", "no interface can be another user's in a namespace of this user");
+        skip::because("no interface can be another user's in a namespace of this user");
         return;
     }
     host.run(&["ip", "link", "set", "tap0", "up"]);
@@ -218,7 +216,7 @@ fn interfaces_of_others() {
 
 #[test]
 fn what_the_host_lacks() {
-    let Some(host) = Host::new("what_the_host_lacks") else { return };
+    let Some(host) = Host::new() else { return };
     host.refuses_by(
         &["env", "PATH=/nowhere"],
         &["passt"],
@@ -229,7 +227,7 @@ fn what_the_host_lacks() {
     let long = format!("socket=/{}", "x".repeat(110));
     host.refuses(&[&long], &["--net socket=", "at most 107 bytes"]);
     if Path::new("/dev/vhost-net").exists() {
-        skipped("net::what_the_host_lacks", "this host has /dev/vhost-net");
+        skip::because("this host has /dev/vhost-net");
         return;
     }
     host.network.tap("tap0", 1);

@@ -14,9 +14,9 @@ use tests::assets;
 const PASSED: u8 = (guest::PASSED << 1) | 1;
 
 /// A folder with the guest and three scenarios of it: one that passes, one that fails, one that hangs.
-fn scenarios(test: &str) -> Option<TempDir> {
+fn scenarios() -> Option<TempDir> {
     if let Err(error) = fs::File::options().read(true).write(true).open("/dev/kvm") {
-        skipped(test, &format!("/dev/kvm: {error}"));
+        skip::because(format_args!("/dev/kvm: {error}"));
         return None;
     }
     let folder = TempDir::new().expect("a temporary folder");
@@ -34,11 +34,6 @@ fn scenarios(test: &str) -> Option<TempDir> {
     scenario("fail.toml", "test=pci", "[[step]]\nwait = 'no <such> & text'\n");
     scenario("hang.toml", "bench rw=randread depth=1 count=1 pace=on", "[[step]]\nwait = 'never'\n");
     Some(folder)
-}
-
-/// Past the capture of the test harness.
-fn skipped(test: &str, reason: &str) {
-    let _ = writeln!(std::io::stderr(), "SKIPPED smoke_reports::{test}: {reason}");
 }
 
 fn smoke(folder: &Path, args: &[&str]) -> Command {
@@ -62,7 +57,7 @@ fn python(program: &str, input: &str) -> Option<String> {
 
 #[test]
 fn every_form_of_the_results_at_once() {
-    let Some(folder) = scenarios("every_form_of_the_results_at_once") else { return };
+    let Some(folder) = scenarios() else { return };
     let forms = ["--junit", "r.xml", "--json", "r.json", "--html", "r.html", "--tap", "-"];
     let output = smoke(folder.path(), &[&["pass.toml", "fail.toml"][..], &forms].concat()).output().expect("skiff");
     let (stdout, stderr) = (text(&output.stdout), text(&output.stderr));
@@ -83,14 +78,14 @@ fn every_form_of_the_results_at_once() {
                  r.get('failures'), [c.get('name') for c in r.iter('testcase')])";
     match python(check, &xml) {
         Some(seen) => assert_eq!(seen, "2 1 ['pass', 'fail']\n"),
-        None => skipped("every_form_of_the_results_at_once", "no python3 to read XML"),
+        None => skip::because("no python3 to read XML"),
     }
     assert_eq!(fs::read_dir(folder.path()).expect("the folder").count(), 8, "nothing else is left");
 }
 
 #[test]
 fn results_are_written_after_ctrl_c_too() {
-    let Some(folder) = scenarios("results_are_written_after_ctrl_c_too") else { return };
+    let Some(folder) = scenarios() else { return };
     let files = ["--junit", "r.xml", "--json", "r.json", "--html", "r.html", "--tap", "r.tap"];
     let mut command = smoke(folder.path(), &[&["hang.toml", "-j", "1", "--repeat", "2"][..], &files].concat());
     let mut run = command.stderr(Stdio::piped()).stdout(Stdio::piped()).spawn().expect("skiff");
@@ -121,8 +116,7 @@ fn results_are_written_after_ctrl_c_too() {
 /// script(1) makes a pseudoterminal, of no size that anybody knows.
 #[test]
 fn a_terminal_shows_running_machines_in_place() {
-    let test = "a_terminal_shows_running_machines_in_place";
-    let Some(folder) = scenarios(test) else { return };
+    let Some(folder) = scenarios() else { return };
     for (colours, ok) in [("", "\x1b[32mok     \x1b[0m pass ("), ("1", "ok      pass (")] {
         let line = format!("'{}' smoke pass.toml fail.toml -j 1", assets::skiff().display());
         let mut script = Command::new("script");
@@ -173,7 +167,6 @@ fn resources() -> PathBuf {
 /// the step that needs root, which is only read by the shell.
 #[test]
 fn what_ci_servers_are_told_works() {
-    let test = "what_ci_servers_are_told_works";
     let scripts = "
 import json, sys, yaml
 name, text = sys.stdin.read().split('\\n', 1)
@@ -193,11 +186,11 @@ else:
         let Some(found) = python(scripts, &format!("{name}\n{yaml}")) else {
             let has_yaml = python("import yaml", "").is_some();
             assert!(!has_yaml, "{name}: not as expected");
-            return skipped(test, "no yaml for python3 (python3-yaml)");
+            return skip::because("no yaml for python3 (python3-yaml)");
         };
         let found: Vec<String> = serde_json::from_str(&found).expect("a list");
         assert!(found.len() >= 2, "{name}: {found:?}");
-        let Some(folder) = scenarios(test) else { return };
+        let Some(folder) = scenarios() else { return };
         fs::create_dir(folder.path().join("tools")).expect("a folder");
         std::os::unix::fs::symlink(assets::skiff(), folder.path().join("tools/skiff")).expect("a link");
         fs::create_dir(folder.path().join("scenarios")).expect("a folder");

@@ -152,8 +152,6 @@ impl Doorbells for KvmInterrupts {
 
 #[cfg(test)]
 mod tests {
-    use std::io::Write;
-
     use super::*;
     use vmm_sys_util::eventfd::EFD_NONBLOCK;
 
@@ -164,7 +162,7 @@ mod tests {
         let kvm = match crate::kvm::open() {
             Ok(kvm) => kvm,
             Err(error) => {
-                let _ = writeln!(std::io::stderr(), "SKIPPED irq::tests: {error}");
+                skip::because(error);
                 return None;
             }
         };

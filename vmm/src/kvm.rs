@@ -212,7 +212,6 @@ impl Processor {
 mod tests {
     use super::*;
     use std::fs;
-    use std::io::Write;
     use std::thread;
     use std::time::{Duration, Instant};
 
@@ -225,8 +224,7 @@ mod tests {
         let kvm = match open() {
             Ok(kvm) => kvm,
             Err(error) => {
-                // Past the capture of the test harness.
-                let _ = writeln!(io::stderr(), "SKIPPED kvm::signals_do_not_keep_a_machine_from_being_made: {error}");
+                skip::because(error);
                 return;
             }
         };

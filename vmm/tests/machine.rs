@@ -44,8 +44,7 @@ fn kernel(code: &[u8]) -> Vec<u8> {
 /// `skiff run` with a kernel of `code`, without input; nothing where there is no KVM.
 fn machine(folder: &TempDir, code: &[u8]) -> Option<Command> {
     if let Err(error) = fs::File::options().read(true).write(true).open("/dev/kvm") {
-        // Past the capture of the test runner.
-        let _ = writeln!(std::io::stderr(), "SKIPPED vmm/tests/machine.rs: /dev/kvm: {error}");
+        skip::because(format_args!("/dev/kvm: {error}"));
         return None;
     }
     let path = folder.path().join("kernel.elf");

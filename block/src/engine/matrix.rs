@@ -2,7 +2,6 @@
 //! misbehave.
 
 use std::collections::VecDeque;
-use std::io::Write;
 use std::os::fd::AsRawFd;
 use std::path::Path;
 use std::process::Command;
@@ -78,8 +77,7 @@ fn all_work_on_block_devices() {
     match attach(image.path(), 512) {
         Ok(device) => assert!(Command::new("losetup").arg("-d").arg(device).status().unwrap().success()),
         Err(why) => {
-            // Past the capture of the test harness.
-            let _ = writeln!(std::io::stderr(), "SKIPPED block::all_work_on_block_devices: {why}");
+            skip::because(why);
             return;
         }
     }
@@ -126,7 +124,7 @@ fn all_work_on_overlayfs() {
     let overlay = match Overlay::new() {
         Ok(overlay) => overlay,
         Err(why) => {
-            let _ = writeln!(std::io::stderr(), "SKIPPED block::all_work_on_overlayfs: {why}");
+            skip::because(why);
             return;
         }
     };

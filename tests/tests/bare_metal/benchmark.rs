@@ -7,7 +7,7 @@ use super::{Bench, DISK_BYTES, FAILED, PASSED, patterned};
 /// The benchmark with verification: each block it read was right, and each it wrote is on the disk.
 #[test]
 fn bench_verifies() {
-    let Some(bench) = Bench::new("bench_verifies") else { return };
+    let Some(bench) = Bench::new() else { return };
     let engines = [("threads", "writeback"), ("threads", "none"), ("native", "none"), ("io_uring", "none")];
     for (aio, cache) in engines {
         for poll in ["on", "off"] {
@@ -46,7 +46,7 @@ fn bench_verifies() {
 /// What is wrong with a benchmark is told as such.
 #[test]
 fn failures_of_the_bench_are_told() {
-    let Some(bench) = Bench::new("failures_of_the_bench_are_told") else { return };
+    let Some(bench) = Bench::new() else { return };
     let disk = bench.disk("disk.img");
     let wrong = [
         ("count=10 verify=on seed=3", "", "not ok bench: the number of reads with wrong content is 0xa, not 0x0"),

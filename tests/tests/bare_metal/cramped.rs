@@ -1,7 +1,6 @@
 //! A host that runs out of space.
 
 use std::fs;
-use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
 use std::sync::mpsc::Receiver;
@@ -19,7 +18,7 @@ struct Cramped {
 }
 
 impl Cramped {
-    fn start(bench: &Bench, test: &str, option: &str) -> Option<Self> {
+    fn start(bench: &Bench, option: &str) -> Option<Self> {
         let (folder, log) = (bench.scratch.path().join("small"), bench.scratch.path().join("skiff.log"));
         fs::create_dir(&folder).expect("a folder");
         let seed = bench.disk("full.img");
@@ -29,7 +28,7 @@ impl Cramped {
         let mut command = Command::new("unshare");
         command.args(["--mount", "--map-root-user", "sh", "-c", shell, "sh"]).args([&folder, &seed.0]);
         if !Command::new("unshare").args(["--mount", "--map-root-user", "true"]).status().is_ok_and(|it| it.success()) {
-            let _ = writeln!(std::io::stderr(), "SKIPPED bare_metal::{test}: no mount namespace to be had");
+            skip::because("no mount namespace to be had");
             return None;
         }
         bench.add_run(command.arg(skiff()), "test=blk");
@@ -81,10 +80,9 @@ impl Cramped {
 /// The host runs out of space, really: the machine stands still until there is some, and the guest notices nothing.
 #[test]
 fn no_space_left_pauses_the_machine() {
-    let test = "no_space_left_pauses_the_machine";
     for option in ["werror=enospc", "werror=stop,aio=io_uring"] {
-        let Some(bench) = Bench::new(test) else { return };
-        let Some(mut machine) = Cramped::start(&bench, test, option) else { return };
+        let Some(bench) = Bench::new() else { return };
+        let Some(mut machine) = Cramped::start(&bench, option) else { return };
         machine.wait_for("No space left on device (os error 28); the machine is paused", 1);
         machine.wait_until_held();
         // Nothing has changed, so it fails again.
@@ -106,8 +104,8 @@ fn no_space_left_pauses_the_machine() {
 
 #[test]
 fn a_paused_machine_can_be_stopped() {
-    let Some(bench) = Bench::new("a_paused_machine_can_be_stopped") else { return };
-    let Some(mut machine) = Cramped::start(&bench, "a_paused_machine_can_be_stopped", "werror=stop") else { return };
+    let Some(bench) = Bench::new() else { return };
+    let Some(mut machine) = Cramped::start(&bench, "werror=stop") else { return };
     machine.wait_for("the machine is paused", 1);
     machine.tell(&["kill", "-TERM"]);
     machine.wait_for("power button pressed", 1);
@@ -118,8 +116,8 @@ fn a_paused_machine_can_be_stopped() {
 /// QEMU's default for what is not space, and ours for everything: the guest is told.
 #[test]
 fn no_space_left_is_reported() {
-    let Some(bench) = Bench::new("no_space_left_is_reported") else { return };
-    let Some(machine) = Cramped::start(&bench, "no_space_left_is_reported", "werror=report") else { return };
+    let Some(bench) = Bench::new() else { return };
+    let Some(machine) = Cramped::start(&bench, "werror=report") else { return };
     let report = machine.end();
     assert_eq!((report.code, report.count(|line| line.starts_with("not ok blk: writes"))), (Some(FAILED), 1));
 }

@@ -12,7 +12,7 @@ use super::{Bench, Disk, HUNG, MIB, PASSED, skiff};
 
 #[test]
 fn blk() {
-    let Some(bench) = Bench::new("blk") else { return };
+    let Some(bench) = Bench::new() else { return };
     let disk = bench.disk("disk.img");
     // The disk is not a read-only one: that check is skipped.
     bench.run("test=blk", &["--disk", &disk.option()]).assert_passed("blk", 1);
@@ -21,7 +21,7 @@ fn blk() {
 
 #[test]
 fn read_only_disk() {
-    let Some(bench) = Bench::new("read_only_disk") else { return };
+    let Some(bench) = Bench::new() else { return };
     let disk = bench.disk("disk.img");
     // The check of writes is the one skipped here.
     let report = bench.run("test=blk", &["--disk", &format!("{},readonly=on", disk.option())]);
@@ -32,7 +32,7 @@ fn read_only_disk() {
 
 #[test]
 fn second_disk_and_its_serial_number() {
-    let Some(bench) = Bench::new("second_disk_and_its_serial_number") else { return };
+    let Some(bench) = Bench::new() else { return };
     let (first, second) = (bench.disk("first.img"), bench.disk("second.img"));
     let options = [format!("{},serial=first", first.option()), format!("{},serial=second", second.option())];
     let arguments = ["--disk", &options[0], "--disk", &options[1]];
@@ -44,7 +44,7 @@ fn second_disk_and_its_serial_number() {
 /// Two machines at once, with two disks each, write to one image, and none of it is kept. The guest reads what it wrote.
 #[test]
 fn snapshots_of_one_image() {
-    let Some(bench) = Bench::new("snapshots_of_one_image") else { return };
+    let Some(bench) = Bench::new() else { return };
     let disk = bench.disk("disk.img");
     let files = || fs::read_dir(bench.scratch.path()).expect("the scratch folder is read").count();
     let before = files();
@@ -66,7 +66,7 @@ fn snapshots_of_one_image() {
 /// The guest sees the same disk through every engine, in every cache mode it goes with.
 #[test]
 fn engines_and_cache_modes() {
-    let Some(bench) = Bench::new("engines_and_cache_modes") else { return };
+    let Some(bench) = Bench::new() else { return };
     for (aio, caches) in [
         ("threads", &["none", "writethrough", "directsync", "unsafe"][..]),
         ("native", &["none", "directsync"]),
@@ -86,7 +86,7 @@ fn engines_and_cache_modes() {
 /// number, five accesses past the end and one of an unknown type.
 #[test]
 fn statistics() {
-    let Some(bench) = Bench::new("statistics") else { return };
+    let Some(bench) = Bench::new() else { return };
     let disk = bench.disk("disk.img");
     let log = bench.scratch.path().join("skiff.log");
     let more = ["--disk", &disk.option(), "--stats=json", "-q", "--log-file", log.to_str().expect("a path of ours")];
@@ -107,7 +107,7 @@ fn statistics() {
 /// two-hundredths of a second or more, however many are in flight in how many queues.
 #[test]
 fn limits() {
-    let Some(bench) = Bench::new("limits") else { return };
+    let Some(bench) = Bench::new() else { return };
     let limits = ["iops=200", "iops-rd=200", "bps=800K", "bps-rd=800K,iops=100000,bps-wr=1K"];
     for (limit, queues) in limits.iter().flat_map(|limit| [(limit, 1), (limit, 4)]) {
         let disk = bench.disk("disk.img");
@@ -124,7 +124,7 @@ fn limits() {
 /// What is not asked for is chosen as `disk explain` says, works, and is logged in one line.
 #[test]
 fn what_a_disk_runs_on_is_chosen_and_said() {
-    let Some(bench) = Bench::new("what_a_disk_runs_on_is_chosen_and_said") else { return };
+    let Some(bench) = Bench::new() else { return };
     let (written, log) = (bench.disk("disk.img"), bench.scratch.path().join("log"));
     let memory = TempDir::new_in("/dev/shm").expect("a scratch directory");
     let in_memory = Disk(memory.path().join("disk.img"));
@@ -148,7 +148,7 @@ fn what_a_disk_runs_on_is_chosen_and_said() {
 /// leaves that undone, and says so. The guest knows no power button.
 #[test]
 fn a_forced_stop_begins_nothing_more() {
-    let Some(bench) = Bench::new("a_forced_stop_begins_nothing_more") else { return };
+    let Some(bench) = Bench::new() else { return };
     let disk = bench.disk("disk.img").option();
     for (slow, reads) in [("thread-pool-max=1,merge=off", 200), ("iops=10", 3)] {
         let option = format!("{disk},aio=threads,{slow}");

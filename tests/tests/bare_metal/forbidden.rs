@@ -1,7 +1,6 @@
 //! A host that refuses io_uring to the whole process, as the seccomp filter of a container does.
 
 use std::fs;
-use std::io::Write;
 use std::process::{Command, Output};
 
 use serde_json::Value;
@@ -47,7 +46,7 @@ fn said(output: &Output) -> String {
 }
 
 /// Whether there is something to forbid, and the means. If not, `test` says so.
-fn can_forbid(test: &str) -> bool {
+fn can_forbid() -> bool {
     let engines = Command::new(skiff()).args(["disk", "engines", "--json"]).output().expect("skiff starts");
     let engines: Value = serde_json::from_slice(&engines.stdout).expect("JSON");
     let engines = engines["engines"].as_array().expect("engines");
@@ -59,16 +58,15 @@ fn can_forbid(test: &str) -> bool {
         Ok(done) => format!("no seccomp filter to be had: {}", said(&done)),
         Err(error) => format!("python3: {error}"),
     };
-    let _ = writeln!(std::io::stderr(), "SKIPPED bare_metal::{test}: {}", reason.trim_end());
+    skip::because(reason.trim_end());
     false
 }
 
 /// What is left to skiff falls back to the next best engine, says why, and works.
 #[test]
 fn the_next_best_engine_is_chosen_and_said() {
-    let test = "the_next_best_engine_is_chosen_and_said";
-    let Some(bench) = Bench::new(test) else { return };
-    if !can_forbid(test) {
+    let Some(bench) = Bench::new() else { return };
+    if !can_forbid() {
         return;
     }
     // In memory io_uring would be best, and where there are holes on a filesystem with O_DIRECT.
@@ -84,7 +82,7 @@ fn the_next_best_engine_is_chosen_and_said() {
     for (disk, aio) in [(in_memory, "threads"), (with_holes, "native")] {
         if explain(Command::new(skiff()), &disk)["aio"] != "io_uring" {
             let folder = disk.0.display();
-            let _ = writeln!(std::io::stderr(), "SKIPPED bare_metal::{test}: io_uring is not best for {folder}");
+            skip::because(format_args!("io_uring is not best for {folder}"));
             continue;
         }
         let explained = explain(confined(), &disk);
@@ -113,9 +111,8 @@ fn the_next_best_engine_is_chosen_and_said() {
 /// What was asked for is refused, in a line with the remedy, and never replaced.
 #[test]
 fn io_uring_by_name_is_refused() {
-    let test = "io_uring_by_name_is_refused";
-    let Some(bench) = Bench::new(test) else { return };
-    if !can_forbid(test) {
+    let Some(bench) = Bench::new() else { return };
+    if !can_forbid() {
         return;
     }
     let disk = bench.disk("disk.img");

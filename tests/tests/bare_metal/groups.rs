@@ -3,8 +3,8 @@
 use super::{Bench, FAILED, HUNG};
 
 /// Runs a group that only reads, on a scratch disk, with further arguments of skiff.
-fn reading_group(test: &str, group: &str, more: &[&str]) {
-    let Some(bench) = Bench::new(test) else { return };
+fn reading_group(group: &str, more: &[&str]) {
+    let Some(bench) = Bench::new() else { return };
     let disk = bench.disk("disk.img");
     let option = disk.option();
     bench.run(&format!("test={group}"), &[&["--disk", &option], more].concat()).assert_passed(group, 0);
@@ -13,54 +13,54 @@ fn reading_group(test: &str, group: &str, more: &[&str]) {
 
 #[test]
 fn pci() {
-    reading_group("pci", "pci", &[]);
+    reading_group("pci", &[]);
 }
 
 #[test]
 fn virtio() {
-    reading_group("virtio", "virtio", &[]);
+    reading_group("virtio", &[]);
 }
 
 #[test]
 fn bar() {
-    reading_group("bar", "bar", &[]);
+    reading_group("bar", &[]);
 }
 
 /// The 64-bit window lies above all memory, so it is elsewhere on a machine with memory past the hole.
 #[test]
 fn bar_with_memory_past_the_hole() {
-    reading_group("bar_with_memory_past_the_hole", "bar", &["--memory", "5G"]);
+    reading_group("bar", &["--memory", "5G"]);
 }
 
 #[test]
 fn msix() {
-    reading_group("msix", "msix", &[]);
+    reading_group("msix", &[]);
 }
 
 /// The second CPU waits for the start-up messages of an operating system, which never come.
 #[test]
 fn msix_beside_an_idle_cpu() {
-    reading_group("msix_beside_an_idle_cpu", "msix", &["--cpus", "2"]);
+    reading_group("msix", &["--cpus", "2"]);
 }
 
 #[test]
 fn notify() {
-    reading_group("notify", "notify", &[]);
+    reading_group("notify", &[]);
 }
 
 #[test]
 fn reset() {
-    reading_group("reset", "reset", &[]);
+    reading_group("reset", &[]);
 }
 
 #[test]
 fn rng() {
-    reading_group("rng", "rng", &[]);
+    reading_group("rng", &[]);
 }
 
 #[test]
 fn doorbells_without_ioeventfd() {
-    let Some(bench) = Bench::new("doorbells_without_ioeventfd") else { return };
+    let Some(bench) = Bench::new() else { return };
     let disk = bench.disk("disk.img");
     let option = format!("{},ioeventfd=off", disk.option());
     for group in ["notify", "bar"] {
@@ -72,7 +72,7 @@ fn doorbells_without_ioeventfd() {
 /// What is wrong is told as such: another pattern than the disk's, another serial number, a group that does not exist.
 #[test]
 fn failures_are_told() {
-    let Some(bench) = Bench::new("failures_are_told") else { return };
+    let Some(bench) = Bench::new() else { return };
     let option = format!("{},serial=one", bench.disk("disk.img").option());
     let wrong = [
         ("test=blk seed=3", "not ok blk: the first MiB reads as the host wrote it"),
@@ -88,7 +88,7 @@ fn failures_are_told() {
 /// The exit codes that `skiff run --help` promises.
 #[test]
 fn ends_of_the_machine() {
-    let Some(bench) = Bench::new("ends_of_the_machine") else { return };
+    let Some(bench) = Bench::new() else { return };
     let disk = bench.disk("disk.img").option();
     for (end, code) in [("poweroff", 0), ("panic", 4), ("triple-fault", 6), ("reset", 0)] {
         let report = bench.run(&format!("test=pci end={end}"), &["--no-reboot", "--disk", &disk]);
@@ -99,7 +99,7 @@ fn ends_of_the_machine() {
 /// Three times through all of it: what one run leaves behind must not disturb the next.
 #[test]
 fn a_reset_starts_the_machine_again() {
-    let Some(bench) = Bench::new("a_reset_starts_the_machine_again") else { return };
+    let Some(bench) = Bench::new() else { return };
     let disk = bench.disk("disk.img").option();
     let (mut child, receiver) = bench.start("test=blk,msix end=reset", &["--disk", &disk]);
     let mut summaries = Vec::new();

@@ -2,7 +2,7 @@
 //! What the guest did to the disk is checked from here.
 
 use std::fs;
-use std::io::{BufRead, BufReader, Write};
+use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{self, Receiver};
@@ -59,10 +59,10 @@ struct Bench {
 }
 
 impl Bench {
-    /// Nothing where there is no KVM; `test` then says so on the terminal, past the capture of the test runner.
-    fn new(test: &str) -> Option<Self> {
+    /// Nothing where there is no KVM, which is then said.
+    fn new() -> Option<Self> {
         if let Err(error) = fs::File::options().read(true).write(true).open("/dev/kvm") {
-            let _ = writeln!(std::io::stderr(), "SKIPPED bare_metal::{test}: /dev/kvm: {error}");
+            skip::because(format_args!("/dev/kvm: {error}"));
             return None;
         }
         // Where the build is, because a temporary directory may be in memory, without O_DIRECT.

@@ -12,7 +12,7 @@ use super::{bench, children, kvm, outcome, scratch, small};
 
 #[test]
 fn an_interrupt_ends_it_with_what_there_is() {
-    if !kvm("an_interrupt_ends_it_with_what_there_is") {
+    if !kvm() {
         return;
     }
     let folder = scratch();
@@ -48,7 +48,7 @@ fn an_interrupt_ends_it_with_what_there_is() {
 /// The guest waits for skiff, at full speed: it must not do so for ever.
 #[test]
 fn no_machine_outlives_a_killed_bench() {
-    if !kvm("no_machine_outlives_a_killed_bench") {
+    if !kvm() {
         return;
     }
     let folder = scratch();
@@ -90,7 +90,7 @@ fn no_machine_outlives_a_killed_bench() {
 /// What is measured without a machine is interrupted too.
 #[test]
 fn an_interrupt_does_not_wait_for_the_yardstick() {
-    if !kvm("an_interrupt_does_not_wait_for_the_yardstick") {
+    if !kvm() {
         return;
     }
     let folder = scratch();

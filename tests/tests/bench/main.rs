@@ -1,7 +1,6 @@
 //! `skiff bench` as a user meets it: small runs on scratch files. No figure is judged.
 
 use std::fs;
-use std::io::Write;
 use std::path::Path;
 use std::process::{Command, Output};
 
@@ -33,10 +32,10 @@ fn outcome(output: &Output) -> (Option<i32>, String) {
 }
 
 /// Whether there is a KVM; says so where not.
-fn kvm(test: &str) -> bool {
+fn kvm() -> bool {
     let opened = fs::File::options().read(true).write(true).open("/dev/kvm");
     if let Err(error) = &opened {
-        let _ = writeln!(std::io::stderr(), "SKIPPED bench::{test}: /dev/kvm: {error}");
+        skip::because(format_args!("/dev/kvm: {error}"));
     }
     opened.is_ok()
 }

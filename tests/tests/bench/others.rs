@@ -1,7 +1,6 @@
 //! QEMU and other monitors beside skiff, with the same guest.
 
 use std::fs;
-use std::io::Write;
 use std::os::unix::fs::PermissionsExt;
 use std::process::{Command, Stdio};
 use std::thread;
@@ -15,12 +14,11 @@ use super::{bench, cells, children, kvm, outcome, report, samples, scratch};
 
 #[test]
 fn qemu_is_measured_with_the_same_guest() {
-    let name = "qemu_is_measured_with_the_same_guest";
-    if !kvm(name) {
+    if !kvm() {
         return;
     }
     if Command::new("qemu-system-x86_64").arg("--version").stdout(Stdio::null()).status().is_err() {
-        let _ = writeln!(std::io::stderr(), "SKIPPED bench::{name}: qemu-system-x86_64 is not installed");
+        skip::because("qemu-system-x86_64 is not installed");
         return;
     }
     let folder = scratch();
@@ -35,7 +33,7 @@ fn qemu_is_measured_with_the_same_guest() {
 
 #[test]
 fn qemu_that_is_not_installed() {
-    if !kvm("qemu_that_is_not_installed") {
+    if !kvm() {
         return;
     }
     let output = bench(&["--vs", "qemu", "--size", "4M"]).env("PATH", "/nonexistent").output().expect("skiff starts");
@@ -64,7 +62,7 @@ fn program(name: &str, script: &str) -> (TempDir, String) {
 /// Who cannot run the guest is an error if it was named, and else left out with its own words.
 #[test]
 fn a_monitor_that_does_not_run_the_guest() {
-    if !kvm("a_monitor_that_does_not_run_the_guest") {
+    if !kvm() {
         return;
     }
     let script = "echo 'Error booting VM: it will not' >&2; exit 1";
@@ -95,7 +93,7 @@ fn a_monitor_that_does_not_run_the_guest() {
 /// A program that says nothing is not waited for then, nor said to be at fault.
 #[test]
 fn an_interrupt_ends_a_trial() {
-    if !kvm("an_interrupt_ends_a_trial") {
+    if !kvm() {
         return;
     }
     let ((_program, search), folder) = (program("firecracker", "exec sleep 1000"), scratch());
@@ -119,7 +117,7 @@ fn an_interrupt_ends_a_trial() {
 /// Skiff in the place of the others, without an exit port: what is said to them and how they end.
 #[test]
 fn other_monitors_are_measured_with_the_same_guest() {
-    if !kvm("other_monitors_are_measured_with_the_same_guest") {
+    if !kvm() {
         return;
     }
     let skiff = assets::skiff().display().to_string();
@@ -168,7 +166,7 @@ fn other_monitors_are_measured_with_the_same_guest() {
 /// Work that nobody else can do in the same way is no comparison.
 #[test]
 fn a_monitor_that_can_do_none_of_the_work() {
-    if !kvm("a_monitor_that_can_do_none_of_the_work") {
+    if !kvm() {
         return;
     }
     let ((_program, search), folder) = (program("firecracker", "exit 1"), scratch());
@@ -182,8 +180,7 @@ fn a_monitor_that_can_do_none_of_the_work() {
 /// QEMU's disk without indirect descriptors, as Firecracker's is: what the guest wrote it reads again.
 #[test]
 fn the_guest_does_without_indirect_descriptors() {
-    let name = "the_guest_does_without_indirect_descriptors";
-    if !kvm(name) {
+    if !kvm() {
         return;
     }
     let folder = scratch();
@@ -210,7 +207,7 @@ fn the_guest_does_without_indirect_descriptors() {
         let words = format!("bench rw=write depth={depth} count=1000 verify=on ecam=0xe0000000 bars=0xc0000000");
         let qemu = qemu.args(["-append", &words]).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn();
         let Ok(mut qemu) = qemu else {
-            let _ = writeln!(std::io::stderr(), "SKIPPED bench::{name}: qemu-system-x86_64 is not installed");
+            skip::because("qemu-system-x86_64 is not installed");
             return;
         };
         // Its serial port waits where its input is at an end.

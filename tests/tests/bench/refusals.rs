@@ -1,7 +1,6 @@
 //! What is told before anything runs.
 
 use std::fs;
-use std::io::Write;
 use std::path::Path;
 use std::process::{Command, Output};
 
@@ -10,12 +9,12 @@ use tests::assets;
 use super::{bench, kvm, outcome, scratch};
 
 /// Runs `script` as root of a mount namespace of its own; nothing where that is not allowed.
-fn apart(test: &str, script: &str) -> Option<Output> {
+fn apart(script: &str) -> Option<Output> {
     let unshare = |script: &str| {
         Command::new("unshare").args(["--user", "--map-root-user", "--mount", "sh", "-c", script]).output()
     };
     if !unshare("mount -t tmpfs none /mnt").is_ok_and(|output| output.status.success()) {
-        let _ = writeln!(std::io::stderr(), "SKIPPED bench::{test}: no mount namespace here");
+        skip::because("no mount namespace here");
         return None;
     }
     Some(unshare(script).expect("unshare"))
@@ -23,8 +22,7 @@ fn apart(test: &str, script: &str) -> Option<Output> {
 
 #[test]
 fn a_full_disk_is_told_before_anything_runs() {
-    let test = "a_full_disk_is_told_before_anything_runs";
-    if !kvm(test) {
+    if !kvm() {
         return;
     }
     let skiff = assets::skiff();
@@ -32,7 +30,7 @@ fn a_full_disk_is_told_before_anything_runs() {
         "mount -t tmpfs -o size=8M none /mnt && {} bench --dir /mnt --size 64M; code=$?; ls -A /mnt; df --output=used /mnt | tail -n1; exit $code",
         skiff.display()
     );
-    let Some(output) = apart(test, &script) else { return };
+    let Some(output) = apart(&script) else { return };
     let (code, line) = outcome(&output);
     assert_eq!(code, Some(1), "{line}");
     assert_eq!(line, "skiff: --dir /mnt: a written file of 64M: no room; name a smaller --size or another folder\n");
@@ -42,7 +40,7 @@ fn a_full_disk_is_told_before_anything_runs() {
 /// Not after the hours that a run may take.
 #[test]
 fn what_cannot_work_is_told_before_anything_runs() {
-    if !kvm("what_cannot_work_is_told_before_anything_runs") {
+    if !kvm() {
         return;
     }
     let folder = scratch();
@@ -75,7 +73,7 @@ fn a_host_without_kvm() {
         assert_eq!((code, line.contains("/dev/kvm: no such device")), (Some(1), true), "{line}");
         return;
     }
-    let Some(output) = apart("a_host_without_kvm", &script) else { return };
+    let Some(output) = apart(&script) else { return };
     let (code, line) = outcome(&output);
     assert_eq!(code, Some(1), "{line}");
     assert!(line.starts_with("skiff: /dev/kvm: ") && line.lines().count() == 1, "{line}");

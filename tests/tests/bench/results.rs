@@ -6,7 +6,7 @@ use super::{bench, kvm, outcome, report, scratch};
 
 #[test]
 fn every_form_of_the_results_is_written() {
-    if !kvm("every_form_of_the_results_is_written") {
+    if !kvm() {
         return;
     }
     let (folder, results) = (scratch(), scratch());

@@ -1,7 +1,6 @@
 //! What is measured: engines, queues, completions, images, and what is counted meanwhile.
 
 use std::fs;
-use std::io::Write;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::thread;
@@ -14,7 +13,7 @@ use super::{bench, cells, children, kvm, outcome, report, samples, scratch, smal
 
 #[test]
 fn every_engine_is_measured_with_its_yardstick() {
-    if !kvm("every_engine_is_measured_with_its_yardstick") {
+    if !kvm() {
         return;
     }
     let folder = scratch();
@@ -44,7 +43,7 @@ fn every_engine_is_measured_with_its_yardstick() {
 
 #[test]
 fn queues_and_doorbells() {
-    if !kvm("queues_and_doorbells") {
+    if !kvm() {
         return;
     }
     let folder = scratch();
@@ -64,7 +63,7 @@ fn queues_and_doorbells() {
 /// One that looks all the time is not.
 #[test]
 fn guests_that_sleep_are_interrupted() {
-    if !kvm("guests_that_sleep_are_interrupted") {
+    if !kvm() {
         return;
     }
     let folder = scratch();
@@ -85,12 +84,11 @@ fn guests_that_sleep_are_interrupted() {
 /// Against strace(1), which counts the system calls of the same machine: all that the guest causes, and none else.
 #[test]
 fn calls_of_the_kernel_are_counted_as_strace_counts_them() {
-    let name = "calls_of_the_kernel_are_counted_as_strace_counts_them";
-    if !kvm(name) {
+    if !kvm() {
         return;
     }
     if Command::new("strace").arg("-V").output().is_err() {
-        let _ = writeln!(std::io::stderr(), "SKIPPED bench::{name}: strace is not installed");
+        skip::because("strace is not installed");
         return;
     }
     let folder = scratch();
@@ -133,7 +131,7 @@ fn calls_of_the_kernel_are_counted_as_strace_counts_them() {
 /// It is what `skiff disk explain` says, and the report names it.
 #[test]
 fn an_engine_may_be_left_to_skiff() {
-    if !kvm("an_engine_may_be_left_to_skiff") {
+    if !kvm() {
         return;
     }
     let folder = scratch();
@@ -159,7 +157,7 @@ fn an_engine_may_be_left_to_skiff() {
 /// An image of the user's is read, and as it was afterwards; with --destructive it is written.
 #[test]
 fn an_image_of_the_users() {
-    if !kvm("an_image_of_the_users") {
+    if !kvm() {
         return;
     }
     let folder = scratch();
@@ -178,8 +176,7 @@ fn an_image_of_the_users() {
 
 #[test]
 fn pinned_vcpus_have_a_cpu_of_their_own() {
-    let name = "pinned_vcpus_have_a_cpu_of_their_own";
-    if !kvm(name) {
+    if !kvm() {
         return;
     }
     let folder = scratch();
@@ -189,7 +186,7 @@ fn pinned_vcpus_have_a_cpu_of_their_own() {
     };
     let ours = list(Path::new("/proc/self")).expect("a list of CPUs");
     if ours.parse::<u32>().is_ok() {
-        let _ = writeln!(std::io::stderr(), "SKIPPED bench::{name}: one CPU");
+        skip::because("one CPU");
         return;
     }
     let mut words = small(folder.path());

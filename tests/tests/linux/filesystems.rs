@@ -23,22 +23,17 @@ fn text(path: &Path) -> &str {
     path.to_str().expect("UTF-8")
 }
 
-/// Past the capture of the test harness.
-fn skipped(name: &str, reason: &str) {
-    let _ = writeln!(std::io::stderr(), "SKIPPED linux::filesystems::{name}: {reason}");
-}
-
-/// Whether the test `name` can mount what needs `modules` and `programs`. If not, that is said. Filesystems are mounted in
+/// Whether a test can mount what needs `modules` and `programs`. If not, that is said. Filesystems are mounted in
 /// the lab only: a developer's host keeps its modules, mounts and servers as they are.
-fn can_mount(name: &str, modules: &[&str], package: &str, programs: &[&str]) -> bool {
+fn can_mount(modules: &[&str], package: &str, programs: &[&str]) -> bool {
     if std::env::var_os("SKIFF_IN_LAB").is_none() {
-        skipped(name, "filesystems are mounted in the lab only (SKIFF_LAB=always)");
+        skip::because("filesystems are mounted in the lab only (SKIFF_LAB=always)");
         return false;
     }
     let found =
         |program: &&&str| Path::new("/usr/sbin").join(program).exists() || Path::new("/sbin").join(program).exists();
     if let Some(program) = programs.iter().find(|program| !found(program)) {
-        skipped(name, &format!("no {program}; install it with \"tests/packages {package}\""));
+        skip::because(format_args!("no {program}; install it with \"tests/packages {package}\""));
         return false;
     }
     let folder = assets::target().join("linux/modules");
@@ -46,7 +41,7 @@ fn can_mount(name: &str, modules: &[&str], package: &str, programs: &[&str]) -> 
     modprobe.arg("-d").arg(folder).arg("-a").args(modules);
     let loaded = modprobe.status().is_ok_and(|status| status.success());
     if !loaded {
-        skipped(name, &format!("the lab's kernel does not load {modules:?}"));
+        skip::because(format_args!("the lab's kernel does not load {modules:?}"));
     }
     loaded
 }
@@ -156,7 +151,7 @@ fn used(images: &[Expected]) {
 
 #[test]
 fn xfs() {
-    if !can_mount("xfs", &["xfs"], "xfsprogs", &["mkfs.xfs"]) {
+    if !can_mount(&["xfs"], "xfsprogs", &["mkfs.xfs"]) {
         return;
     }
     let folder = TempDir::new().unwrap();
@@ -173,7 +168,7 @@ fn xfs() {
 
 #[test]
 fn btrfs() {
-    if !can_mount("btrfs", &["btrfs"], "btrfs-progs", &["mkfs.btrfs"]) {
+    if !can_mount(&["btrfs"], "btrfs-progs", &["mkfs.btrfs"]) {
         return;
     }
     let folder = TempDir::new().unwrap();
@@ -237,7 +232,7 @@ impl Drop for Server {
 #[test]
 fn nfs() {
     let programs = ["rpc.nfsd", "rpc.mountd", "exportfs", "mount.nfs4"];
-    if !can_mount("nfs", &["nfsd", "nfsv4"], "nfs-kernel-server", &programs) {
+    if !can_mount(&["nfsd", "nfsv4"], "nfs-kernel-server", &programs) {
         return;
     }
     let folder = TempDir::new().unwrap();

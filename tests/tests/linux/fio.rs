@@ -39,9 +39,9 @@ fn disks(mut skiff: Skiff, folder: &Path, ioeventfd: &str) -> (Skiff, Vec<Image>
 }
 
 /// All disks of one machine at once, so that its workers contend as much as they can.
-fn verified(name: &str, ioeventfd: &str) {
+fn verified(ioeventfd: &str) {
     let folder = assets::folder_on_disk();
-    let Some(skiff) = Skiff::with_tools(folder.path(), name) else { return };
+    let Some(skiff) = Skiff::with_tools(folder.path()) else { return };
     // The driver uses no more queues than there are CPUs.
     let (skiff, images) = disks(skiff.cpus(4).memory("512M"), folder.path(), ioeventfd);
     let mut guest = skiff.boot();
@@ -71,10 +71,10 @@ fn verified(name: &str, ioeventfd: &str) {
 
 #[test]
 fn verifies_every_engine_in_every_cache_mode() {
-    verified("linux::fio::verifies_every_engine_in_every_cache_mode", "on");
+    verified("on");
 }
 
 #[test]
 fn verifies_them_without_ioeventfds() {
-    verified("linux::fio::verifies_them_without_ioeventfds", "off");
+    verified("off");
 }

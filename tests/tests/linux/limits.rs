@@ -1,7 +1,6 @@
 //! What keeps a disk from going on as a stock Linux sees it: limits, and a host without space.
 
 use std::fs;
-use std::io::Write;
 use std::process::Command;
 
 use tests::{Machine, Skiff, assets};
@@ -11,7 +10,7 @@ use tests::{Machine, Skiff, assets};
 #[test]
 fn fio_sees_at_most_the_limit() {
     let folder = assets::folder_on_disk();
-    let Some(mut skiff) = Skiff::with_tools(folder.path(), "linux::limits::fio_sees_at_most_the_limit") else { return };
+    let Some(mut skiff) = Skiff::with_tools(folder.path()) else { return };
     // The limit, the job, the field of fio's terse format that tells of it, and the most.
     let reads = "--rw=randread --number_ios=400";
     let table = [
@@ -49,8 +48,7 @@ fn with_mounts() -> Option<Command> {
 #[test]
 fn a_guest_writes_on_when_there_is_room() {
     let Some(mut command) = with_mounts() else {
-        // Past the capture of the test harness.
-        let _ = writeln!(std::io::stderr(), "SKIPPED linux::limits::a_guest_writes_on_when_there_is_room: no mounts");
+        skip::because("no mounts");
         return;
     };
     let folder = tempfile::tempdir().unwrap();

@@ -50,8 +50,7 @@ fn a_root_file_system_forgets_what_was_written() {
 #[test]
 fn fio_reads_back_what_it_wrote_over_an_image() {
     let folder = assets::folder_on_disk();
-    let name = "linux::snapshot::fio_reads_back_what_it_wrote_over_an_image";
-    let Some(mut skiff) = Skiff::with_tools(folder.path(), name) else { return };
+    let Some(mut skiff) = Skiff::with_tools(folder.path()) else { return };
     let image = assets::blank_image(folder.path(), "disk.img", 4 << 20);
     fs::write(&image, "skiff123".repeat((4 << 20) / 8)).unwrap();
     let before = checksum(&image);

@@ -2,7 +2,6 @@
 //! calls tell that (`devices/src/virtio/blk/tests/host.rs`); what io_uring does is none.
 
 use std::fs;
-use std::io::Write;
 use std::path::Path;
 
 use tests::{Skiff, assets};
@@ -39,9 +38,8 @@ fn count() -> usize {
 #[test]
 fn is_made_stable_when_the_cache_mode_says_so() {
     if std::env::var_os("SKIFF_IN_LAB").is_none() {
-        // Past the capture of the test harness. On a host others make files stable too.
-        let why = "the kernel is traced in the lab only (SKIFF_LAB=always)";
-        let _ = writeln!(std::io::stderr(), "SKIPPED linux::stable::is_made_stable_when_the_cache_mode_says_so: {why}");
+        // On a host others make files stable too.
+        skip::because("the kernel is traced in the lab only (SKIFF_LAB=always)");
         return;
     }
     let folder = assets::folder_on_disk();

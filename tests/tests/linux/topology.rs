@@ -1,7 +1,5 @@
 //! The CPUs of a machine, and their clock, as a kernel sees them. Kernels, boot protocols and sizes of memory are scenarios: tests/scenarios.
 
-use std::io::Write;
-
 use tests::Skiff;
 
 /// The sockets, cores and threads that the guest sees, and no complaint about them.
@@ -42,9 +40,7 @@ fn the_counter_that_the_host_trusts() {
     const CLOCK: &str = "/sys/devices/system/clocksource/clocksource0/current_clocksource";
     let host = std::fs::read_to_string(CLOCK).expect("the host's clock");
     if host.trim() != "tsc" {
-        // Past the capture of the test runner.
-        let reason = format!("the host keeps its time by {}", host.trim());
-        let _ = writeln!(std::io::stderr(), "SKIPPED linux::topology::the_counter_that_the_host_trusts: {reason}");
+        skip::because(format_args!("the host keeps its time by {}", host.trim()));
         return;
     }
     let mut guest = Skiff::linux().cpus(2).boot();

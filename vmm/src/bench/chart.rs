@@ -318,7 +318,7 @@ mod tests {
         let check = "import sys, xml.dom.minidom as m; print(len(m.parse(sys.stdin).getElementsByTagName('rect')))";
         let python = Command::new("python3").args(["-c", check]).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn();
         let Ok(mut python) = python else {
-            println!("SKIPPED skiff::bench::chart::it_is_well_formed: no python3");
+            skip::because("no python3");
             return;
         };
         python.stdin.take().unwrap().write_all(chart().svg().as_bytes()).unwrap();

@@ -90,8 +90,6 @@ fn sections(text: &str) -> String {
 
 #[cfg(test)]
 mod tests {
-    use std::io::Write as _;
-
     use super::*;
     use std::process::{Command as Process, Stdio};
 
@@ -139,7 +137,7 @@ mod tests {
             groff.args(["-man", "-Tutf8", "-ww", "-z"]).arg(path).stdout(Stdio::null());
             let checked = match groff.output() {
                 Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                    let _ = writeln!(std::io::stderr(), "SKIPPED man::tests: groff is not installed");
+                    skip::because("groff is not installed");
                     return;
                 }
                 other => other.unwrap(),

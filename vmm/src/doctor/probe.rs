@@ -174,12 +174,11 @@ fn enter_64_bit_mode(vcpu: &VcpuFd) -> anyhow::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::io::Write;
 
     #[test]
     fn the_processor_and_the_probe_agree() {
         let Ok(kvm) = crate::kvm::open() else {
-            let _ = writeln!(std::io::stderr(), "SKIPPED probe::tests: no KVM on this host");
+            skip::because("no KVM on this host");
             return;
         };
         // Modules named so exist only where the processor virtualises; a software KVM has neither.
@@ -194,7 +193,7 @@ mod tests {
     #[test]
     fn an_instruction_that_does_not_exist_is_not_taken_for_run() {
         let Ok(kvm) = crate::kvm::open() else {
-            let _ = writeln!(std::io::stderr(), "SKIPPED probe::tests: no KVM on this host");
+            skip::because("no KVM on this host");
             return;
         };
         // UD2, without an interrupt table to handle the fault: a triple fault, or an interpreter that gives up.

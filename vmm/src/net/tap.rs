@@ -310,8 +310,6 @@ fn check(result: c_int) -> io::Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use std::io::Write;
-
     use libc::TUNSETPERSIST;
     use vmm_sys_util::ioctl::ioctl_with_val;
 
@@ -322,8 +320,7 @@ mod tests {
         // SAFETY: it concerns this thread only.
         let alone = unsafe { libc::unshare(libc::CLONE_NEWNET) } == 0;
         if !alone || open(&TUN.into()).is_err() {
-            // Past the capture of the test harness.
-            let _ = writeln!(io::stderr(), "SKIPPED skiff::net::tap: no network namespaces or no {TUN} for this user");
+            skip::because(format_args!("no network namespaces or no {TUN} for this user"));
             return;
         }
         let way = Way::Tap { name: "tap0".to_owned(), flags: FLAGS | IFF_MULTI_QUEUE };

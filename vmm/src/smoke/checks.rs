@@ -201,7 +201,6 @@ fn tool(mut command: Command, Limits { deadline, stop }: Limits<'_>) -> Result<S
 mod tests {
     use super::*;
     use crate::smoke::pattern::Pattern;
-    use std::io::Write;
 
     fn contains(text: &str) -> Content {
         Content::Has(Pattern::text(text).unwrap())
@@ -246,7 +245,7 @@ mod tests {
         mke2fs.args(["-q", "-t", "ext4", "-d"]).arg(&files).arg(&path).env("PATH", "/usr/sbin:/sbin:/usr/bin:/bin");
         match mke2fs.status() {
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                let _ = writeln!(io::stderr(), "SKIPPED smoke::checks: e2fsprogs is not installed");
+                skip::because("e2fsprogs is not installed");
                 None
             }
             made => {
@@ -300,7 +299,7 @@ mod tests {
         let made =
             shell.args(["-c", script]).arg(filesystem).arg(&disk_image).env("PATH", "/usr/sbin:/sbin:/usr/bin:/bin");
         if made.status().unwrap().code() == Some(127) {
-            let _ = writeln!(io::stderr(), "SKIPPED smoke::checks: fdisk is not installed");
+            skip::because("fdisk is not installed");
             return;
         }
         let check =

@@ -49,7 +49,7 @@ print(json.dumps([complaint(text) for text in asked['documents']]))";
     match ask() {
         Some(Value::Array(answers)) => Some(answers.iter().map(|it| it.as_str().map(str::to_owned)).collect()),
         answer => {
-            println!("SKIPPED skiff::smoke::schema: python3 cannot validate ({answer:?}); install python3-jsonschema");
+            skip::because(format_args!("python3 cannot validate ({answer:?}); install python3-jsonschema"));
             None
         }
     }

@@ -78,7 +78,7 @@ fn main() -> anyhow::Result<()> {
         bail!("--machines: other is what --other names");
     }
     let folder = tempfile::tempdir().context("no temporary folder")?;
-    let initrd = tests::network::initrd(folder.path(), "netspeed").context("the guest has no tools")?;
+    let initrd = tests::network::initrd(folder.path()).context("the guest has no tools")?;
     let bench = Bench {
         folder: folder.path(),
         initrd: &initrd,

@@ -52,7 +52,7 @@ const PORT: u16 = 7000;
 impl Bench<'_> {
     /// Starts a machine and measures all `rows` with it.
     pub(crate) fn run(&self, name: Name, backend: Backend, rows: &[Row]) -> anyhow::Result<Vec<(Row, Sample)>> {
-        let network = Network::new("netspeed").context("no network to measure in")?;
+        let network = Network::new().context("no network to measure in")?;
         let queues = if backend == Backend::Passt { 1 } else { self.queues };
         let mut wired = Wired::new(&network, self.initrd, queues).vhost(backend == Backend::Vhost);
         wired = match (name, self.other) {

@@ -31,10 +31,9 @@ fn finish(guest: &mut Machine) {
 
 #[test]
 fn the_link_goes_down_and_up_during_a_transfer() {
-    let name = "linux::net::changes::the_link_goes_down_and_up_during_a_transfer";
     let folder = tempfile::tempdir().unwrap();
-    let Some(network) = Network::new(name) else { return };
-    let Some(initrd) = network::initrd(folder.path(), name) else { return };
+    let Some(network) = Network::new() else { return };
+    let Some(initrd) = network::initrd(folder.path()) else { return };
     network.tap("tap0", 2);
     let mut guest = Wired::new(&network, &initrd, 2).boot("tap=tap0");
     set_up(&mut guest);
@@ -61,10 +60,9 @@ fn the_link_goes_down_and_up_during_a_transfer() {
 /// Frames fly both ways each time.
 #[test]
 fn the_driver_leaves_under_load_and_comes_back() {
-    let name = "linux::net::changes::the_driver_leaves_under_load_and_comes_back";
     let folder = tempfile::tempdir().unwrap();
-    let Some(network) = Network::new(name) else { return };
-    let Some(initrd) = network::initrd(folder.path(), name) else { return };
+    let Some(network) = Network::new() else { return };
+    let Some(initrd) = network::initrd(folder.path()) else { return };
     network.tap("tap0", 2);
     let mut guest = Wired::new(&network, &initrd, 2).boot("tap=tap0");
     let device = guest.ask("basename $(readlink -f /sys/class/net/eth0/device)");
@@ -92,10 +90,9 @@ fn the_driver_leaves_under_load_and_comes_back() {
 /// While frames fly and while none does. The guest does nothing about it.
 #[test]
 fn the_hosts_interface_goes_and_comes_back() {
-    let name = "linux::net::changes::the_hosts_interface_goes_and_comes_back";
     let folder = tempfile::tempdir().unwrap();
-    let Some(network) = Network::new(name) else { return };
-    let Some(initrd) = network::initrd(folder.path(), name) else { return };
+    let Some(network) = Network::new() else { return };
+    let Some(initrd) = network::initrd(folder.path()) else { return };
     network.tap("tap0", 1);
     // However fast the host is, a transfer lasts.
     let mut guest = Wired::new(&network, &initrd, 1).keys(",rx-bps=2M,tx-bps=2M").boot("tap=tap0");

@@ -20,10 +20,10 @@ fn counted(guest: &mut Machine, counter: &str) -> u64 {
     guest.ask(&format!("cat /sys/class/net/eth0/statistics/{counter}")).parse().expect("a number")
 }
 
-fn come_back(name: &str, queues: u32, vhost: bool) {
+fn come_back(queues: u32, vhost: bool) {
     let folder = tempfile::tempdir().unwrap();
-    let Some(network) = Network::new(name) else { return };
-    let Some(initrd) = network::initrd(folder.path(), name) else { return };
+    let Some(network) = Network::new() else { return };
+    let Some(initrd) = network::initrd(folder.path()) else { return };
     network.tap("tap0", queues);
     network.run(["ip", "link", "set", "tap0", "mtu", "65521"]);
     let mut guest = Wired::new(&network, &initrd, queues).vhost(vhost).option("--stats=json").boot("tap=tap0");
@@ -81,24 +81,22 @@ fn agrees(network: &Network, mut guest: Machine, queues: u32, vhost: bool) {
 
 #[test]
 fn of_every_size_come_back() {
-    come_back("linux::net::frames::of_every_size_come_back", 1, false);
+    come_back(1, false);
 }
 
 #[test]
 fn of_every_size_come_back_through_vhost() {
-    let name = "linux::net::frames::of_every_size_come_back_through_vhost";
-    if assets::has_vhost(name) {
-        come_back(name, 2, true);
+    if assets::has_vhost() {
+        come_back(2, true);
     }
 }
 
 /// What the host sends while the guest has no driver is not kept for ever, and harms nobody.
 #[test]
 fn that_nobody_wants_are_dropped() {
-    let name = "linux::net::frames::that_nobody_wants_are_dropped";
     let folder = tempfile::tempdir().unwrap();
-    let Some(network) = Network::new(name) else { return };
-    let Some(initrd) = network::initrd(folder.path(), name) else { return };
+    let Some(network) = Network::new() else { return };
+    let Some(initrd) = network::initrd(folder.path()) else { return };
     network.tap("tap0", 1);
     let mut guest = Wired::new(&network, &initrd, 1).boot("tap=tap0");
     guest.ask("echo virtio0 >/sys/bus/virtio/drivers/virtio_net/unbind");

@@ -13,10 +13,9 @@ const AT_LEAST: Duration = Duration::from_secs(3);
 
 #[test]
 fn are_kept_in_both_directions() {
-    let name = "linux::net::limits::are_kept_in_both_directions";
     let folder = tempfile::tempdir().unwrap();
-    let Some(network) = Network::new(name) else { return };
-    let Some(initrd) = network::initrd(folder.path(), name) else { return };
+    let Some(network) = Network::new() else { return };
+    let Some(initrd) = network::initrd(folder.path()) else { return };
     network.tap("tap0", 1);
     let keys = format!(",rx-bps={}K,tx-bps={}K", RATE >> 10, RATE >> 10);
     let mut guest = Wired::new(&network, &initrd, 1).keys(&keys).boot("tap=tap0");

@@ -23,12 +23,11 @@ fn meets(network: &Network, guest: &mut Machine) {
 
 #[test]
 fn carries_frames_and_may_go_and_come_back() {
-    let name = "linux::net::macvtap::carries_frames_and_may_go_and_come_back";
     let folder = tempfile::tempdir().unwrap();
-    let Some(network) = Network::new(name) else { return };
-    let Some(initrd) = network::initrd(folder.path(), name) else { return };
-    let Some(()) = network.cable(name) else { return };
-    let Some(_) = network.macvtap("macvtap0", ADDRESS, name) else { return };
+    let Some(network) = Network::new() else { return };
+    let Some(initrd) = network::initrd(folder.path()) else { return };
+    let Some(()) = network.cable() else { return };
+    let Some(_) = network.macvtap("macvtap0", ADDRESS) else { return };
     let mut guest = Wired::new(&network, &initrd, 1).boot("tap=macvtap0");
     let _peer = network.serve(super::PORT);
     set_up(&mut guest);
@@ -37,7 +36,7 @@ fn carries_frames_and_may_go_and_come_back() {
     network.run(["ip", "link", "delete", "macvtap0"]);
     guest.ask(&carrier(0));
     // With another number, and so another file.
-    let Some(_) = network.macvtap("macvtap0", ADDRESS, name) else { return };
+    let Some(_) = network.macvtap("macvtap0", ADDRESS) else { return };
     guest.ask(&carrier(1));
     meets(&network, &mut guest);
     is_content(&mut guest);
@@ -47,15 +46,14 @@ fn carries_frames_and_may_go_and_come_back() {
 /// As a shell hands it in: "3<>/dev/tap5".
 #[test]
 fn is_handed_in_open() {
-    let name = "linux::net::macvtap::is_handed_in_open";
-    if !assets::has_vhost(name) {
+    if !assets::has_vhost() {
         return;
     }
     let folder = tempfile::tempdir().unwrap();
-    let Some(network) = Network::new(name) else { return };
-    let Some(initrd) = network::initrd(folder.path(), name) else { return };
-    let Some(()) = network.cable(name) else { return };
-    let Some(file) = network.macvtap("macvtap0", ADDRESS, name) else { return };
+    let Some(network) = Network::new() else { return };
+    let Some(initrd) = network::initrd(folder.path()) else { return };
+    let Some(()) = network.cable() else { return };
+    let Some(file) = network.macvtap("macvtap0", ADDRESS) else { return };
     let open = format!("exec \"$@\" 3<>{}", file.display());
     let mut guest = Wired::new(&network, &initrd, 1).vhost(true).started_by(&["sh", "-c", &open, "sh"]).boot("fd=3");
     let _peer = network.serve(super::PORT);
@@ -68,12 +66,11 @@ fn is_handed_in_open() {
 /// When its cable takes less than the guest has to send: that is no reason to take the link down.
 #[test]
 fn is_there_while_it_is_full() {
-    let name = "linux::net::macvtap::is_there_while_it_is_full";
     let folder = tempfile::tempdir().unwrap();
-    let Some(network) = Network::new(name) else { return };
-    let Some(initrd) = network::initrd(folder.path(), name) else { return };
-    let Some(()) = network.cable(name) else { return };
-    let Some(file) = network.macvtap("macvtap0", ADDRESS, name) else { return };
+    let Some(network) = Network::new() else { return };
+    let Some(initrd) = network::initrd(folder.path()) else { return };
+    let Some(()) = network.cable() else { return };
+    let Some(file) = network.macvtap("macvtap0", ADDRESS) else { return };
     let open = format!("exec {} full 3 -- \"$@\" 3<>{}", assets::peer().display(), file.display());
     let mut guest = Wired::new(&network, &initrd, 1).started_by(&["sh", "-c", &open, "sh"]).boot("fd=3");
     guest.ask("ip link set eth0 up && ip addr add 192.0.2.2/24 dev eth0");

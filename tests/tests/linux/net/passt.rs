@@ -24,10 +24,9 @@ const JOIN: &str = "ip link set eth0 up && udhcpc -i eth0 -n -q -f -t 10";
 
 #[test]
 fn reaches_the_host_and_is_reached() {
-    let name = "linux::net::passt::reaches_the_host_and_is_reached";
     let folder = tempfile::tempdir().unwrap();
-    let Some(network) = Network::new(name) else { return };
-    let Some(initrd) = network::initrd(folder.path(), name) else { return };
+    let Some(network) = Network::new() else { return };
+    let Some(initrd) = network::initrd(folder.path()) else { return };
     network.uplink();
     let resolver = folder.path().join("resolv.conf");
     fs::write(&resolver, format!("nameserver {NAME_SERVER}\n")).unwrap();
@@ -102,10 +101,9 @@ fn watched(folder: &Path) -> (String, PathBuf) {
 
 #[test]
 fn may_end_and_begin_again() {
-    let name = "linux::net::passt::may_end_and_begin_again";
     let folder = tempfile::tempdir().unwrap();
-    let Some(network) = Network::new(name) else { return };
-    let Some(initrd) = network::initrd(folder.path(), name) else { return };
+    let Some(network) = Network::new() else { return };
+    let Some(initrd) = network::initrd(folder.path()) else { return };
     network.uplink();
     let socket = folder.path().join("passt.socket");
     let passt = network.passt(&socket);

@@ -28,10 +28,9 @@ fn is_content(guest: &mut Machine) {
 
 #[test]
 fn that_a_tap_takes() {
-    let name = "linux::net::sizes::that_a_tap_takes";
     let folder = tempfile::tempdir().unwrap();
-    let Some(network) = Network::new(name) else { return };
-    let Some(initrd) = network::initrd(folder.path(), name) else { return };
+    let Some(network) = Network::new() else { return };
+    let Some(initrd) = network::initrd(folder.path()) else { return };
     network.tap("tap0", 1);
     network.run(["ip", "link", "set", "tap0", "mtu", "65521"]);
     let mut guest = Wired::new(&network, &initrd, 1).boot("tap=tap0");
@@ -44,10 +43,9 @@ fn that_a_tap_takes() {
 
 #[test]
 fn that_a_stream_takes() {
-    let name = "linux::net::sizes::that_a_stream_takes";
     let folder = tempfile::tempdir().unwrap();
-    let Some(network) = Network::new(name) else { return };
-    let Some(initrd) = network::initrd(folder.path(), name) else { return };
+    let Some(network) = Network::new() else { return };
+    let Some(initrd) = network::initrd(folder.path()) else { return };
     let socket = folder.path().join("socket");
     let sender = network.start(Command::new(assets::peer()).args([Path::new("sizes"), &socket]).args(SIZES));
     let mut guest = Wired::new(&network, &initrd, 1).boot(&format!("socket={}", socket.display()));

@@ -101,10 +101,10 @@ fn changes_filters(network: &Network, guest: &mut Machine) {
 }
 
 /// All of it, with this many pairs of queues.
-fn transfers(name: &str, queues: u32, vhost: bool) {
+fn transfers(queues: u32, vhost: bool) {
     let folder = tempfile::tempdir().unwrap();
-    let Some(network) = Network::new(name) else { return };
-    let Some(initrd) = network::initrd(folder.path(), name) else { return };
+    let Some(network) = Network::new() else { return };
+    let Some(initrd) = network::initrd(folder.path()) else { return };
     network.tap("tap0", queues);
     let mut guest = Wired::new(&network, &initrd, queues).vhost(vhost).boot("tap=tap0");
     let _peer = network.serve(super::PORT);
@@ -133,26 +133,24 @@ fn transfers(name: &str, queues: u32, vhost: bool) {
 
 #[test]
 fn through_one_pair_of_queues() {
-    transfers("linux::net::transfers::through_one_pair_of_queues", 1, false);
+    transfers(1, false);
 }
 
 #[test]
 fn through_four_pairs_of_queues() {
-    transfers("linux::net::transfers::through_four_pairs_of_queues", 4, false);
+    transfers(4, false);
 }
 
 #[test]
 fn through_vhost() {
-    let name = "linux::net::transfers::through_vhost";
-    if assets::has_vhost(name) {
-        transfers(name, 1, true);
+    if assets::has_vhost() {
+        transfers(1, true);
     }
 }
 
 #[test]
 fn through_four_pairs_of_queues_of_vhost() {
-    let name = "linux::net::transfers::through_four_pairs_of_queues_of_vhost";
-    if assets::has_vhost(name) {
-        transfers(name, 4, true);
+    if assets::has_vhost() {
+        transfers(4, true);
     }
 }

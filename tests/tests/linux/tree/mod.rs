@@ -56,11 +56,10 @@ fn unpack(guest: &mut Machine) {
 #[test]
 fn a_copied_tree_is_there_for_the_host() {
     let folder = assets::folder_on_disk();
-    let name = "linux::tree::a_copied_tree_is_there_for_the_host";
-    let Some(skiff) = Skiff::with_tools(folder.path(), name) else { return };
+    let Some(skiff) = Skiff::with_tools(folder.path()) else { return };
     let source = source();
     // Past the capture of the test harness.
-    let _ = writeln!(std::io::stderr(), "{name}: {source}");
+    let _ = writeln!(std::io::stderr(), "linux::tree::a_copied_tree_is_there_for_the_host: {source}");
     let tree = folder.path().join("tree");
     source.make(&tree).unwrap();
     // As it comes to most disks: from an archive, in few large reads. One of each file waits for the disk each time.

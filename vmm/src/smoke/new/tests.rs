@@ -16,7 +16,7 @@ fn folder(files: &[(&str, &str)]) -> Option<tempfile::TempDir> {
     let (image, tree) = (folder.path().join("root.img"), tree.to_str().unwrap().to_owned());
     let words = ["-q", "-t", "ext4", "-d", &tree, image.to_str().unwrap(), "8M"];
     if !run("/sbin/mke2fs", &words) {
-        println!("SKIPPED skiff::smoke::new::tests: no mke2fs");
+        skip::because("no mke2fs");
         return None;
     }
     fs::remove_dir_all(tree).unwrap();
@@ -105,7 +105,7 @@ fn the_root_filesystem_in_a_partition() {
         let table = format!("label: {label}\nstart=2048, size=2048\nstart=8192, size=16384\n");
         let script = format!("printf '{table}' | /sbin/sfdisk -q '{}'", disk.display());
         if !run("sh", &["-c", &script]) {
-            println!("SKIPPED skiff::smoke::new::tests::the_root_filesystem_in_a_partition: no sfdisk");
+            skip::because("no sfdisk");
             return;
         }
         File::options().write(true).open(&disk).unwrap().write_all_at(&filesystem, 8192 * 512).unwrap();

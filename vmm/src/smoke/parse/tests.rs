@@ -125,7 +125,7 @@ fn a_disk_with_two_filesystems() {
     let mut shell = std::process::Command::new("sh");
     let made = shell.args(["-c", script]).arg(&path).env("PATH", "/usr/sbin:/sbin:/usr/bin:/bin").output().unwrap();
     if made.status.code() == Some(127) {
-        println!("SKIPPED skiff::smoke::parse::a_disk_with_two_filesystems: no sfdisk or mke2fs");
+        skip::because("no sfdisk or mke2fs");
         return;
     }
     let parse = |step: &str| {

@@ -16,7 +16,7 @@ fn tool(program: &str, arguments: &[&str], script: &str) -> Option<Vec<u8>> {
     shell.env("PATH", path).args(["-c", &format!("printf '{script}' | \"$0\" \"$@\""), program]).args(arguments);
     let output = shell.output().unwrap();
     if output.status.code() == Some(127) {
-        println!("SKIPPED skiff::smoke::partitions: {program} is not installed");
+        skip::because(format_args!("{program} is not installed"));
         return None;
     }
     assert!(output.status.success(), "{program} {arguments:?}: {}", String::from_utf8_lossy(&output.stderr));

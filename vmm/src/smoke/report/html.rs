@@ -227,7 +227,7 @@ print("".join(page.text))
     fn parse(page: &str) -> Option<(String, String, String)> {
         let python = Command::new("python3").args(["-c", CHECK]).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn();
         let Ok(mut python) = python else {
-            println!("SKIPPED skiff::smoke::report::html::tests: no python3");
+            skip::because("no python3");
             return None;
         };
         python.stdin.take().unwrap().write_all(page.as_bytes()).unwrap();

@@ -148,7 +148,7 @@ print("texts:", "\n".join(element.text for element in root.iter() if element.tag
     fn check(xml: &str) -> Option<String> {
         let python = Command::new("python3").args(["-c", CHECK]).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn();
         let Ok(mut python) = python else {
-            println!("SKIPPED skiff::smoke::report::junit::tests: no python3");
+            skip::because("no python3");
             return None;
         };
         python.stdin.take().unwrap().write_all(xml.as_bytes()).unwrap();

@@ -73,7 +73,7 @@ mod tests {
     fn tool(program: &str, args: &[&str], input: &str) -> Option<Output> {
         let child = Command::new(program).args(args).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn();
         let Ok(mut child) = child else {
-            println!("SKIPPED skiff::smoke::report::tap::tests: no {program}");
+            skip::because(format_args!("no {program}"));
             return None;
         };
         child.stdin.take().unwrap().write_all(input.as_bytes()).unwrap();
@@ -147,7 +147,7 @@ for block in re.findall(r'^  ---\n(.*?)^  \.\.\.\n', sys.stdin.read(), re.M | re
         let Some(seen) = tool("python3", &["-c", check], &write(&sample::run())) else { return };
         let seen = String::from_utf8(seen.stdout).unwrap();
         if seen == "missing\n" {
-            println!("SKIPPED skiff::smoke::report::tap::tests::details_are_yaml: no yaml for python3");
+            skip::because("no yaml for python3");
             return;
         }
         let expected = "None\nno \"login: \" within 20 s\nkernel panic while waiting for \"login: \"\n\

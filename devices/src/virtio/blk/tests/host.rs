@@ -1,7 +1,6 @@
 //! What the host is asked for: engines and cache modes.
 
 use std::fs;
-use std::io::Write;
 use std::process::Command;
 
 use super::*;
@@ -62,8 +61,7 @@ fn trace(name: &str, work: impl Fn(&Image, Aio, CacheMode), check: impl Fn(&str,
         return work(&Image { _dir: TempDir::new().unwrap(), path }, aio, cache);
     }
     if Command::new("strace").arg("-V").output().is_err() {
-        // Past the capture of the test harness.
-        let _ = writeln!(std::io::stderr(), "SKIPPED blk::{name}: strace is not installed");
+        skip::because("strace is not installed");
         return;
     }
     for (aio, cache) in choices() {

@@ -17,15 +17,13 @@ use crate::virtio::net::tap::Tap;
 /// For local experiments (IEEE 802, 9.2.3): what the kernel itself sends is of other types.
 const TYPE: [u8; 2] = [0x88, 0xb5];
 
-/// Gives this thread, and what it starts, a network of its own. If that cannot be, says so of the test `name`.
-fn alone(name: &str) -> bool {
+/// Gives this thread, and what it starts, a network of its own. If that cannot be, says so.
+fn alone() -> bool {
     // SAFETY: it concerns this thread only.
     let alone = unsafe { libc::unshare(libc::CLONE_NEWNET) } == 0;
     let able = alone && File::options().read(true).write(true).open("/dev/net/tun").is_ok();
     if !able {
-        // Past the capture of the test harness.
-        let _ =
-            writeln!(io::stderr(), "SKIPPED devices::{name}: no network namespaces or no /dev/net/tun for this user");
+        skip::because("no network namespaces or no /dev/net/tun for this user");
     }
     able
 }
@@ -105,7 +103,7 @@ fn bench(tap: Tap) -> Bench {
 
 #[test]
 fn frames_pass_both_ways_and_bad_headers_are_counted() {
-    if !alone("frames_pass_both_ways_and_bad_headers_are_counted") {
+    if !alone() {
         return;
     }
     let mut tap = Tap::new(queue(0).unwrap(), None).unwrap();
@@ -163,7 +161,7 @@ fn frames_pass_both_ways_and_bad_headers_are_counted() {
 
 #[test]
 fn an_interface_that_goes_takes_the_link_with_it() {
-    if !alone("an_interface_that_goes_takes_the_link_with_it") {
+    if !alone() {
         return;
     }
     // The worker's thread may be in another network: what it opens again is opened here.
@@ -201,7 +199,7 @@ fn an_interface_that_goes_takes_the_link_with_it() {
 
 #[test]
 fn queues_take_part_or_not() {
-    if !alone("queues_take_part_or_not") {
+    if !alone() {
         return;
     }
     let mut taps = [(); 2].map(|()| Tap::new(queue(IFF_MULTI_QUEUE).unwrap(), None).unwrap());
@@ -231,7 +229,7 @@ fn queues_take_part_or_not() {
 
 #[test]
 fn queues_that_come_back_do_what_they_were_told() {
-    if !alone("queues_that_come_back_do_what_they_were_told") {
+    if !alone() {
         return;
     }
     let fresh = <[Arc<Mutex<Option<File>>>; 2]>::default();

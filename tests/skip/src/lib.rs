@@ -1,0 +1,54 @@
+//! How a test says that this host has nothing for it to run on. Each test does so on its own thread.
+
+use std::fmt::Display;
+use std::io::{self, Write};
+use std::{env, thread};
+
+/// Says that the test on this thread is skipped, and why, in one line that `tests/run.sh` counts. It goes to the stderr of
+/// the process: what passing tests print by macro the harness keeps to itself. The test is to return then.
+///
+/// # Panics
+/// On a thread without a name, which is not the test's own.
+pub fn because(reason: impl Display) {
+    let program = env::current_exe().expect("a test has a path");
+    let program = program.file_stem().expect("and a name").to_string_lossy();
+    // Cargo puts a hash behind the name of a crate.
+    let program = program.rsplit_once('-').map_or(&*program, |(name, _)| name);
+    let thread = thread::current();
+    let test = thread.name().expect("the harness names the thread of a test after it");
+    let reason = reason.to_string().split_whitespace().collect::<Vec<_>>().join(" ");
+    // In one piece, for the harness writes too.
+    let _ = io::stderr().write_all(format!("SKIPPED {program}::{test}: {reason}\n").as_bytes());
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+    use std::process::Command;
+
+    use super::*;
+
+    /// This test once more, as one that finds nothing to run on: alone, when the harness begins its line before the test
+    /// runs, and as one of several.
+    #[test]
+    fn a_test_that_passes_is_seen_to_be_skipped() {
+        const AGAIN: &str = "SKIFF_TEST_SKIPS";
+        const NAME: &str = "tests::a_test_that_passes_is_seen_to_be_skipped";
+        if env::var_os(AGAIN).is_some() {
+            because("no loop device\n");
+            return because("said twice");
+        }
+        let lines = Path::new(env!("CARGO_MANIFEST_DIR")).join("lines");
+        for threads in ["1", "2"] {
+            let log = env::temp_dir().join(format!("skip-{}-{threads}.log", std::process::id()));
+            let mut again = Command::new("sh");
+            again.args(["-c", "exec >\"$0\" 2>&1 \"$@\""]).arg(&log).arg(env::current_exe().unwrap());
+            again.args(["--exact", NAME, "--test-threads", threads]).env(AGAIN, "1");
+            assert!(again.status().unwrap().success());
+            let seen = Command::new(&lines).arg(&log).output().unwrap();
+            std::fs::remove_file(log).unwrap();
+            let seen = String::from_utf8(seen.stdout).unwrap();
+            assert_eq!(seen, format!("SKIPPED skip::{NAME}: no loop device\n"), "{threads} threads");
+        }
+    }
+}
