@@ -20,8 +20,9 @@ const NEAR: f64 = 0.9;
 const HEAD: &str = "\
 # What has been argued about aio modes, and what this machine says
 
-`threads` is a pool of threads with blocking system calls, `native` is Linux AIO (io_submit), `io_uring` is io_uring. Each
-claim below is judged by figures of one run. This file is written by a program, text and verdicts included, and made again by
+`threads` is a pool of threads with blocking system calls, `native` is Linux AIO (io_submit), `io_uring` is io_uring.
+Each claim below is judged by figures of one run. This file is written by a program, text and verdicts included, and
+made again by
 
 ```
 cargo build --release -p skiff -p tests --bin skiff --bin aio-modes
@@ -29,16 +30,17 @@ aio=target/x86_64-unknown-linux-gnu/release/aio-modes
 $aio --dir FOLDER && $aio --write docs/aio-modes.md
 ```
 
-in less than a quarter of an hour on a quiet host; `--within 160` measures a few parts at a time and the next call goes on.
+in less than a quarter of an hour on a quiet host; `--within 160` measures a few parts at a time and the next call goes
+on.
 ";
 
 const METHOD: &str = "\
-A guest that polls keeps requests in flight ([bench.md](bench.md)); 4 KiB each unless something else is said, past the page
-cache (`cache=none`) unless that is the question, and the vCPU has a CPU of its own (`--pin`) except where CPUs are to be
-busy. A *written* file has all its blocks, a *hole* file has none, so no disk takes part. Ratios are medians of the rounds'
-pairs, with the interval in which the true median is (order statistics: nothing is assumed of the figures). A claim holds if
-the whole interval says so, it does not if none of it does, and else it is open: this run cannot tell. CPU time is that of all
-threads but the vCPU's.
+A guest that polls keeps requests in flight ([bench.md](bench.md)); 4 KiB each unless something else is said, past the
+page cache (`cache=none`) unless that is the question, and the vCPU has a CPU of its own (`--pin`) except where CPUs are
+to be busy. A *written* file has all its blocks, a *hole* file has none, so no disk takes part. Ratios are medians of
+the rounds' pairs, with the interval in which the true median is (order statistics: nothing is assumed of the figures).
+A claim holds if the whole interval says so, it does not if none of it does, and else it is open: this run cannot tell.
+CPU time is that of all threads but the vCPU's.
 ";
 
 /// The whole document.
@@ -67,7 +69,7 @@ pub(crate) fn document(results: &Results) -> String {
 }
 
 /// Letters of a line, but for those of tables.
-const WIDTH: usize = 128;
+const WIDTH: usize = 120;
 
 /// A line as one or more that are not too long; tables and headings have no other form.
 fn wrapped(line: &str) -> String {
@@ -97,7 +99,7 @@ fn circumstances(results: &Results) -> String {
     };
     let word = |value: &Value| value.as_str().unwrap_or("unknown").to_owned();
     let storage = &manifest["storage"];
-    let repeat = manifest["repeat"].as_u64().unwrap_or_default();
+    let repeat = manifest["repeat"].as_u64().and_then(|rounds| usize::try_from(rounds).ok()).unwrap_or_default();
     format!(
         "Linux {}, {} x {}, KVM: {}, {} on {}; skiff {}; {repeat} rounds, {:.0} % confidence, {} s each.\n",
         word(&manifest["kernel"]),

@@ -90,7 +90,8 @@ impl<'a> Cell<'a> {
         self.0["rounds"][round][subject]["iops"].as_f64()
     }
 
-    fn rounds(self) -> usize {
+    /// How often it was measured.
+    pub(crate) fn rounds(self) -> usize {
         self.0["rounds"].as_array().map_or(0, Vec::len)
     }
 
@@ -171,8 +172,7 @@ fn beyond(rounds: usize) -> usize {
 }
 
 /// The chance in per cent that the true median of so many rounds is in the interval.
-pub(crate) fn confidence(rounds: u64) -> f64 {
-    let rounds = usize::try_from(rounds).unwrap_or(usize::MAX);
+pub(crate) fn confidence(rounds: usize) -> f64 {
     100.0 * chance(rounds, beyond(rounds))
 }
 
