@@ -8,7 +8,7 @@ use std::num::NonZeroUsize;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, Once};
 use std::thread::{self, JoinHandle};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
@@ -16,8 +16,15 @@ use super::transfer::{Image, Scratch, transfer};
 use super::{Completion, Engine, Op};
 use crate::disk::Disk;
 
-/// The most threads of one pool, if nothing else is said.
-pub const DEFAULT_THREADS: NonZeroUsize = NonZeroUsize::new(16).unwrap();
+/// The most threads of one pool, if nothing else is said. See [`FEW`] for how many of them work.
+pub const DEFAULT_THREADS: NonZeroUsize = NonZeroUsize::new(64).unwrap();
+
+/// So many threads come as soon as there is work for them. More come only while twice as much waits as is worked on, or the
+/// host is slow: a thread that finds the next job when it has done one needs no waking, which costs as much as the job.
+const FEW: usize = 16;
+
+/// A job that takes this long is one of a slow host. Beside that waking is nothing, so that all threads there are may wait for it.
+const SLOW: Duration = Duration::from_millis(1);
 
 /// The most threads of a pool that helps another engine.
 const HELPERS: NonZeroUsize = NonZeroUsize::new(4).unwrap();
@@ -70,6 +77,8 @@ struct State {
     idle: usize,
     /// A thread was woken or started and has not looked at the FIFO yet; it wakes the next one if it must.
     waking: bool,
+    /// The last job took [`SLOW`] or longer.
+    slow: bool,
     owner: Owner,
     closing: bool,
     handles: Vec<JoinHandle<()>>,
@@ -218,10 +227,10 @@ impl Shared {
         self.state.lock().expect(POISONED)
     }
 
-    /// Brings one more thread to the FIFO, unless one is on its way. Each that comes does the same, so the owner pays
-    /// for one wake-up however long its batch is.
+    /// Brings one more thread to the FIFO if that pays, unless one is on its way. Each that comes does the same, so the owner
+    /// pays for one wake-up however long its batch is.
     fn wake(self: &Arc<Self>, state: &mut State) {
-        if state.fifo.is_empty() || state.waking {
+        if state.waking || !state.needs_more() {
             return;
         }
         if state.idle > 0 {
@@ -260,17 +269,19 @@ impl Shared {
                 let _ = self.completed.write(1);
             }
             let Some(job) = job.or_else(|| self.wait()) else { return };
+            let begun = Instant::now();
             let result = transfer(&*self.image, &job.op, &mut scratch);
-            finished = Some(Completion { tag: job.tag, op: job.op, result });
+            finished = Some((Completion { tag: job.tag, op: job.op, result }, begun.elapsed()));
         }
     }
 
-    /// Hands in what was finished and takes the next job; also returns whether the owner must be told.
-    fn exchange(self: &Arc<Self>, finished: Option<Completion>) -> (Option<Job>, bool) {
+    /// Hands in what was finished, with the time it took, and takes the next job; also returns whether the owner must be told.
+    fn exchange(self: &Arc<Self>, finished: Option<(Completion, Duration)>) -> (Option<Job>, bool) {
         let mut state = self.lock();
         let mut tell = false;
-        if let Some(completion) = finished {
+        if let Some((completion, time)) = finished {
             state.done.push(completion);
+            state.slow = time >= SLOW;
             self.any_done.store(true, Ordering::Relaxed);
             state.running -= 1;
             match state.owner {
@@ -318,6 +329,12 @@ impl Shared {
 }
 
 impl State {
+    /// Whether one more thread would pay.
+    fn needs_more(&self) -> bool {
+        let waiting = self.fifo.len();
+        waiting > 0 && (self.slow || self.running < FEW || waiting >= 2 * self.running)
+    }
+
     fn in_flight(&self) -> bool {
         self.running > 0 || !self.fifo.is_empty()
     }
@@ -405,6 +422,72 @@ mod tests {
         pool.submit();
         await_completions(&mut pool, 1);
         assert_eq!(pool.shared.lock().alive, 1);
+    }
+
+    /// Reads of a disk that is held, as many as `jobs`: how many a pool of up to `threads` works on.
+    fn begun(threads: usize, jobs: u16, slow: bool) -> usize {
+        let (_dir, _path, disk) = disk(1 << 20);
+        let memory = memory(4096);
+        let image = Faulty::new(disk, &[]);
+        let mut pool = ThreadPool::start(image.clone(), limit(threads), "test-io", IDLE, event()).unwrap();
+        pool.shared.lock().slow = slow;
+        image.hold(true);
+        for tag in 0..jobs {
+            pool.push(op(OpKind::Read, 0, &[(0, 512)], &memory), tag);
+        }
+        pool.submit();
+        let begun = loop {
+            let state = pool.shared.lock();
+            // Who was woken takes a job, and then wakes the next or nobody.
+            let settled = !state.waking && state.running + state.idle == state.alive;
+            if settled && image.calls().len() == state.running {
+                break state.running;
+            }
+            drop(state);
+            thread::yield_now();
+        };
+        image.hold(false);
+        await_completions(&mut pool, jobs.into());
+        begun
+    }
+
+    #[test]
+    fn more_than_a_few_threads_work_only_where_that_pays() {
+        for (jobs, expected) in
+            [(1, 1), (4, 4), (16, 16), (32, 16), (47, 16), (48, 17), (128, 43), (192, 64), (600, 64)]
+        {
+            assert_eq!(begun(64, jobs, false), expected, "{jobs} jobs");
+        }
+        assert_eq!(begun(64, 40, true), 40, "a slow host");
+        assert_eq!(begun(5, 600, true), 5, "no more than allowed");
+    }
+
+    /// The host is slow while the last job took long.
+    #[test]
+    fn a_slow_host_is_noticed() {
+        let (_dir, _path, disk) = disk(4096);
+        let memory = memory(4096);
+        let image = Faulty::new(disk, &[]);
+        let mut pool = ThreadPool::start(image.clone(), limit(1), "test-io", IDLE, event()).unwrap();
+        image.hold(true);
+        pool.push(op(OpKind::Read, 0, &[(0, 512)], &memory), 0);
+        pool.submit();
+        while image.calls().is_empty() {
+            thread::yield_now();
+        }
+        thread::sleep(SLOW);
+        image.hold(false);
+        await_completions(&mut pool, 1);
+        assert!(pool.shared.lock().slow);
+        // A host this busy may take that long for any of them, but not for all.
+        loop {
+            pool.push(op(OpKind::Read, 0, &[(0, 512)], &memory), 0);
+            pool.submit();
+            await_completions(&mut pool, 1);
+            if !pool.shared.lock().slow {
+                return;
+            }
+        }
     }
 
     #[test]

@@ -91,7 +91,7 @@ pub(super) struct BenchArgs {
     /// Requests for neighbouring bytes as one, or each on its own [default: on]
     #[arg(long, value_name = "LIST", value_delimiter = ',', value_parser = ["on", "off"])]
     merge: Option<Vec<String>>,
-    /// The most threads of the engine threads, for each queue, 1 to 64 [default: 16]
+    /// The most threads of the engine threads, for each queue, 1 to 64 [default: 64]
     #[arg(long, value_name = "LIST", value_delimiter = ',', value_parser = clap::value_parser!(u8).range(1..=64))]
     thread_pool_max: Option<Vec<u8>>,
     /// How the guest learns of completions: poll (it looks all the time), interrupt (it sleeps) [default: poll]

@@ -46,7 +46,7 @@ pub(super) struct RunArgs {
     /// and an engine of its own) [default: one a CPU, at most 4], queue-size=N (entries, a power of two up to 1024)
     /// [default: 256], poll-us=N (how many microseconds each queue's thread looks for work before it sleeps, at most, while
     /// that pays) [default: 100], merge=on|off (requests for neighbouring sectors that come at once go to the host as one)
-    /// [default: on], thread-pool-max=N (of aio=threads, for each queue) [default: 16], discard=unmap|ignore (unmap: what
+    /// [default: on], thread-pool-max=N (of aio=threads, for each queue) [default: 64], discard=unmap|ignore (unmap: what
     /// the guest discards is given back to the host) [default: unmap], rerror=report|ignore|stop and
     /// werror=report|ignore|stop|enospc (what an error of the host does to reads, and to all else: stop pauses the machine
     /// until Ctrl-A c or SIGUSR2, then it is tried again; enospc stops only when there is no space left) [default: report],

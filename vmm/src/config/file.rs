@@ -350,7 +350,7 @@ mod tests {
             queue_size: if id == "data" { 64 } else { 256 },
             poll: Duration::from_micros(if id == "data" { 50 } else { 100 }),
             merge: id != "data",
-            thread_pool_max: NonZeroUsize::new(if id == "data" { 5 } else { 16 }).unwrap(),
+            thread_pool_max: NonZeroUsize::new(if id == "data" { 5 } else { 64 }).unwrap(),
             discard: if id == "data" { Discard::Ignore } else { Discard::Unmap },
         };
         let expected = VmConfig {

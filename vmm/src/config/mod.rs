@@ -179,7 +179,7 @@ pub struct DiskConfig {
     pub poll: Duration,
     /// Requests for neighbouring parts of the disk that are available at once go to the host as one transfer.
     pub merge: bool,
-    /// The most threads that `aio=threads` has for each queue; those that are idle end.
+    /// The most threads that `aio=threads` has for each queue; as many as pay, and those that are idle end.
     pub thread_pool_max: NonZeroUsize,
     /// What becomes of what the guest discards.
     pub discard: Discard,

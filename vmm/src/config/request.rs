@@ -270,7 +270,7 @@ mod tests {
             queue_size: 256,
             poll: Duration::from_micros(100),
             merge: true,
-            thread_pool_max: NonZeroUsize::new(16).unwrap(),
+            thread_pool_max: NonZeroUsize::new(64).unwrap(),
             discard: Discard::Unmap,
         }
     }

@@ -138,7 +138,7 @@ fn comma_separated_values() {
     let csv = Results { schema: 2, complete: true, left_out: Vec::new(), manifest: manifest(), cells }.to_csv();
     let lines: Vec<&str> = csv.strip_suffix("\r\n").unwrap().split("\r\n").collect();
     assert_eq!(lines.len(), 1 + 4);
-    let cell = "written,randread,4096,32,1,0,native,,none,off,100,on,16,poll,2";
+    let cell = "written,randread,4096,32,1,0,native,,none,off,100,on,64,poll,2";
     let ours =
         format!("{cell},skiff,1,1000,60,245760,50,20,40,123.45,200,1000,20,3.456,0.5,0.25,0,8,0.125,55,50,60,,,");
     let host =
