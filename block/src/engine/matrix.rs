@@ -363,9 +363,13 @@ fn reports_errors(make: impl Fn(Arc<Disk>) -> Box<dyn Engine>, kind: OpKind, err
 #[test]
 fn errors_are_reported_as_they_are() {
     let write = OpKind::Write { durable: false };
-    for (kind, errno) in
-        [(OpKind::Read, libc::EIO), (write, libc::ENOSPC), (OpKind::Flush, libc::EIO), (OpKind::Read, libc::EINVAL)]
-    {
+    for (kind, errno) in [
+        (OpKind::Read, libc::EIO),
+        (write, libc::ENOSPC),
+        (OpKind::Flush, libc::EIO),
+        (OpKind::Flush, libc::EAGAIN),
+        (OpKind::Read, libc::EINVAL),
+    ] {
         let script = [Fault::Report((-errno).into())];
         reports_errors(faulty(native, &script), kind, errno);
         reports_errors(faulty(uring, &script), kind, errno);

@@ -88,8 +88,9 @@ impl Completion {
 /// Moves bytes between an image and guest memory. All engines complete the same way; nothing above asks which
 /// one it is.
 ///
-/// Every pushed op completes exactly once, in any order. `EAGAIN` and a full ring park it in a FIFO and are never
-/// reported; whatever else goes wrong is the result of the op. Dropping an engine waits for what is in flight.
+/// Every pushed op completes exactly once, in any order. A full ring parks it in a FIFO and is never reported. A transfer that
+/// was interrupted (`EINTR`), or for which the host has no room (`EAGAIN`), is made again, the latter for about a second;
+/// whatever else goes wrong is the result of the op. Dropping an engine waits for what is in flight.
 pub trait Engine: Send {
     /// Queues `op`; may hand over what was pushed so far, so that the host begins while the owner goes on pushing. `tag` comes
     /// back with its completion; the caller keeps tags in flight unique.

@@ -224,8 +224,10 @@ fn judge(op: &Op, result: i64) -> Option<io::Result<()>> {
         Ok(count) if op.kind == OpKind::Flush || count == length(op) => Some(Ok(())),
         Ok(_) => None,
         Err(_) => match (-result) as i32 {
+            // Of a flush this may tell of what could not be written, and the next flush would not.
+            libc::EAGAIN if op.kind != OpKind::Flush => None,
             // ECANCELED: it was given up, which of a flush says nothing about what was written.
-            libc::EAGAIN | libc::EINTR | libc::ECANCELED => None,
+            libc::EINTR | libc::ECANCELED => None,
             libc::EINVAL | libc::EOPNOTSUPP if op.kind == OpKind::Flush => None,
             errno => Some(Err(io::Error::from_raw_os_error(errno))),
         },

@@ -5,6 +5,8 @@ use std::fs::File;
 use std::io::{self, ErrorKind};
 use std::ops::Range;
 use std::os::fd::AsRawFd;
+use std::thread;
+use std::time::Duration;
 
 use libc::iovec;
 use vm_memory::{GuestMemoryBackend, VolatileSlice};
@@ -20,6 +22,9 @@ use crate::topology::{self, Topology};
 
 /// The most buffers one system call takes (`IOV_MAX` of Linux, UIO_MAXIOV).
 pub(super) const MAX_IOVECS: usize = 1024;
+
+/// Milliseconds before each further attempt at what the host has no room for, a second in all. Then its EAGAIN is the result.
+const PAUSES: [u64; 10] = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512];
 
 /// What the kernel does for an image. The transfers may be short; `Ok(0)` means no progress.
 pub(super) trait Image: Send + Sync {
@@ -231,7 +236,7 @@ pub(super) fn in_batches(
     let (mut begun, mut done) = (0, 0);
     while !rest.is_empty() {
         let batch = &rest[..rest.len().min(MAX_IOVECS)];
-        let count = retry(|| call(batch, offset.saturating_add(begun)))? as u64;
+        let count = persist(|| call(batch, offset.saturating_add(begun)))? as u64;
         // The second time it comes to the same place within a block, that is where the image ends.
         if count == 0 || begun + count == done {
             break;
@@ -276,6 +281,7 @@ fn zero_after(op: &Op, done: u64) -> io::Result<()> {
     Ok(())
 }
 
+/// Makes a call until it is not interrupted (EINTR).
 pub(super) fn retry<T>(mut call: impl FnMut() -> io::Result<T>) -> io::Result<T> {
     loop {
         match call() {
@@ -283,6 +289,18 @@ pub(super) fn retry<T>(mut call: impl FnMut() -> io::Result<T>) -> io::Result<T>
             result => return result,
         }
     }
+}
+
+/// As [`retry`], and again later while the host has no room for it (EAGAIN). Not for flushes: with theirs it may have told of
+/// what it could not write, which it does once.
+pub(super) fn persist<T>(mut call: impl FnMut() -> io::Result<T>) -> io::Result<T> {
+    for pause in PAUSES {
+        match retry(&mut call) {
+            Err(error) if error.kind() == ErrorKind::WouldBlock => thread::sleep(Duration::from_millis(pause)),
+            result => return result,
+        }
+    }
+    retry(call)
 }
 
 /// Fills `buffers` with the op's segments as they are mapped here; none of them is empty.
@@ -399,6 +417,35 @@ mod tests {
         assert_eq!(fs::read(path).unwrap(), [9; 4096]);
         let write = |offset| Call::Write { offset, buffers: 1, durable: false };
         assert_eq!(image.calls(), [write(0), write(0), write(100), write(100), write(100)]);
+    }
+
+    /// EAGAIN is no result while there is hope; of a flush it is one, for nobody knows what it was about.
+    #[test]
+    fn what_the_host_has_no_room_for_is_done_later() {
+        let (_dir, path, disk) = disk(8192);
+        let memory = memory(4096);
+        memory.write_slice(&[7; 4096], GuestAddress(at(0))).unwrap();
+        let eagain = Fault::Fail(libc::EAGAIN);
+        let image = Faulty::new(disk.clone(), &[eagain, Fault::Fail(libc::EINTR), eagain, Fault::Short(512), eagain]);
+        transfer(&*image, &op(WRITE, 0, &[(0, 4096)], &memory), &mut Scratch::default()).unwrap();
+        assert_eq!(fs::read(&path).unwrap()[..4096], [7; 4096]);
+        assert_eq!(image.calls().len(), 6);
+
+        let change = |kind| Op { ranges: vec![0..4096, 4096..8192], ..op(kind, 0, &[], &memory) };
+        for kind in [OpKind::Discard { durable: false }, OpKind::WriteZeroes { unmap: true, durable: false }] {
+            let image = Faulty::new(disk.clone(), &[eagain, eagain]);
+            transfer(&*image, &change(kind), &mut Scratch::default()).unwrap();
+            assert_eq!(image.calls().len(), 4, "{kind:?}");
+        }
+        assert_eq!(fs::read(path).unwrap(), [0; 8192]);
+
+        let image = Faulty::new(disk.clone(), &[eagain; 11]);
+        let read = op(OpKind::Read, 0, &[(0, 512)], &memory);
+        assert_eq!(errno(transfer(&*image, &read, &mut Scratch::default())), Some(libc::EAGAIN), "in the end");
+        let image = Faulty::new(disk, &[eagain]);
+        let flush = op(OpKind::Flush, 0, &[], &memory);
+        assert_eq!(errno(transfer(&*image, &flush, &mut Scratch::default())), Some(libc::EAGAIN));
+        assert_eq!(image.calls(), [Call::Flush]);
     }
 
     #[test]

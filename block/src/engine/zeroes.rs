@@ -5,7 +5,7 @@ use std::io;
 use std::ops::Range;
 
 use super::bounce::write_bounced;
-use super::transfer::{Image, retry};
+use super::transfer::{Image, persist};
 use crate::direct::AlignedBuffer;
 
 /// Gives back what of `range` can be given back. It is a hint: what the host cannot do is not done.
@@ -17,7 +17,7 @@ pub(super) fn discard(image: &dyn Image, range: &Range<u64>) -> io::Result<()> {
     // Of a file, a part of a block would be zeroed and nothing given back. A device sorts this out itself.
     let unit = if topology.device { topology.unit } else { topology.discard };
     let Some(whole) = inside(range, unit) else { return Ok(()) };
-    match retry(|| image.discard(&whole)) {
+    match persist(|| image.discard(&whole)) {
         Err(error) if is_lacking(&error) => Ok(()),
         result => result,
     }
@@ -44,7 +44,7 @@ pub(super) fn write_zeroes(
     // A device that cannot unmap may still zero.
     let ways: &[bool] = if unmap { &[true, false] } else { &[false] };
     for &unmap in ways {
-        match retry(|| image.zero(&whole, unmap)) {
+        match persist(|| image.zero(&whole, unmap)) {
             Ok(()) => {
                 by_hand(range.start..whole.start)?;
                 return by_hand(whole.end..range.end);
