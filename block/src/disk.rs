@@ -315,6 +315,15 @@ impl Disk {
     pub(crate) fn write_durably<T>(&self, write: impl FnOnce(&File) -> io::Result<T>) -> io::Result<T> {
         if self.tells_apart() { write(&self.file) } else { self.witnesses.lend(&self.file, write) }
     }
+
+    /// Makes `change`, by way of [`Disk::file`], and puts it on stable storage (`fdatasync`).
+    ///
+    /// # Errors
+    /// As [`Disk::write_durably`]: also where others were told already that it could not be written.
+    pub(crate) fn change_durably(&self, change: &mut dyn FnMut() -> io::Result<()>) -> io::Result<()> {
+        // Whoever tells of it is open before: what is opened later knows only of what nobody was told of.
+        self.write_durably(|file| change().and_then(|()| file.sync_data()))
+    }
 }
 
 /// Who holds a lock on the image at `path`, in words; `None` if nobody does, or nobody that we can see.

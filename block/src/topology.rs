@@ -37,7 +37,7 @@ pub struct Topology {
 }
 
 impl Topology {
-    /// Of the image `file`, in which transfers are multiples of `block`.
+    /// Of the image `file`, in which transfers are multiples of `block`: more than 1 past the page cache.
     ///
     /// # Errors
     /// What the host says to the questions.
@@ -46,6 +46,9 @@ impl Topology {
         if metadata.file_type().is_block_device() {
             return Ok(Self::of_device(file, &metadata));
         }
+        // Parts of blocks are zeroed in the page cache, which is not for us then: what is there, and is not written in the end,
+        // nobody would be told of.
+        let unit = if block > 1 { whole_sectors(metadata.blksize()).max(block) } else { 1 };
         let block = whole_sectors(metadata.blksize()).clamp(block.max(SECTOR_SIZE), LARGEST_BLOCK.max(block));
         Ok(Self {
             physical_block: block,
@@ -53,7 +56,7 @@ impl Topology {
             min_io: block,
             opt_io: 0,
             discard: block,
-            unit: 1,
+            unit,
             device: false,
         })
     }

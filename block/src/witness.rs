@@ -135,4 +135,21 @@ mod tests {
             }
         }
     }
+
+    /// Whoever else has been told of it: what could not be written is not stable.
+    #[test]
+    fn a_durable_change_is_told_of_what_others_were_told_of() {
+        let (disk, _backing) = match half_broken() {
+            Ok(found) => found,
+            Err(reason) => return println!("SKIPPED block::witness: no loop device here: {reason}"),
+        };
+        let change = |block: u64| {
+            disk.file().write_all_at(&[1; BLOCK as usize], block * BLOCK)?;
+            // Nobody had this open before, so it is told of an error that nobody was told of yet, and then later ones are not.
+            assert_eq!(open_again(disk.file())?.sync_data().is_err(), block >= BLOCKS / 2);
+            Ok(())
+        };
+        disk.change_durably(&mut || change(BLOCKS - 1)).unwrap_err();
+        disk.change_durably(&mut || change(0)).unwrap();
+    }
 }

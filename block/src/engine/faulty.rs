@@ -8,7 +8,7 @@ use std::sync::{Arc, Condvar, Mutex};
 
 use libc::iovec;
 
-use super::transfer::Image;
+use super::transfer::{Image, retry};
 use crate::direct::Alignment;
 use crate::disk::Disk;
 use crate::ranges::Ranges;
@@ -107,9 +107,11 @@ impl Image for Faulty {
         }
     }
 
-    fn harden(&self) -> io::Result<()> {
-        self.begin(Call::Flush)?;
-        self.disk.harden()
+    fn durably(&self, change: &mut dyn FnMut() -> io::Result<()>) -> io::Result<()> {
+        self.disk.durably(&mut || {
+            change()?;
+            retry(|| self.begin(Call::Flush)).map(drop)
+        })
     }
 
     fn flushed(&self, result: io::Result<()>) -> io::Result<()> {

@@ -43,8 +43,9 @@ pub(super) trait Image: Send + Sync {
     /// As `fdatasync(2)`, and [`Image::flushed`].
     fn flush(&self) -> io::Result<()>;
 
-    /// As `fdatasync(2)`, for what the caller has just changed: told of that, and not of what others could not write.
-    fn harden(&self) -> io::Result<()>;
+    /// Makes `change`, and then `fdatasync(2)` for it: told of what becomes of that, whoever else is told of it too, and of
+    /// nothing else.
+    fn durably(&self, change: &mut dyn FnMut() -> io::Result<()>) -> io::Result<()>;
 
     /// What a flush comes to that was made by other means, with this `result`.
     fn flushed(&self, result: io::Result<()>) -> io::Result<()>;
@@ -90,8 +91,8 @@ impl Image for Disk {
         Disk::flush(self)
     }
 
-    fn harden(&self) -> io::Result<()> {
-        self.write_durably(File::sync_data)
+    fn durably(&self, change: &mut dyn FnMut() -> io::Result<()>) -> io::Result<()> {
+        self.change_durably(change)
     }
 
     fn flushed(&self, result: io::Result<()>) -> io::Result<()> {
@@ -160,20 +161,20 @@ pub(super) fn transfer(image: &dyn Image, op: &Op, scratch: &mut Scratch) -> io:
         }
         OpKind::Discard { durable } => {
             let discard = |range| claimed(image, claim_range(range, image.alignment()), || discard(image, range));
-            op.ranges.iter().try_for_each(discard).and_then(|()| harden_if(image, durable))
+            durably_if(image, durable, &mut || op.ranges.iter().try_for_each(discard))
         }
         OpKind::WriteZeroes { unmap, durable } => {
-            let zero = |range| {
+            let mut zero = |range| {
                 let claim = claim_range(range, image.alignment());
                 claimed(image, claim, || write_zeroes(image, range, unmap, &mut scratch.bounce))
             };
-            op.ranges.iter().try_for_each(zero).and_then(|()| harden_if(image, durable))
+            durably_if(image, durable, &mut || op.ranges.iter().try_for_each(&mut zero))
         }
     }
 }
 
-fn harden_if(image: &dyn Image, durable: bool) -> io::Result<()> {
-    if durable { retry(|| image.harden()) } else { Ok(()) }
+fn durably_if(image: &dyn Image, durable: bool, change: &mut dyn FnMut() -> io::Result<()>) -> io::Result<()> {
+    if durable { image.durably(change) } else { change() }
 }
 
 /// Does `work` under `claim`.

@@ -252,7 +252,8 @@ impl Image for Volatile {
         Ok(())
     }
 
-    fn harden(&self) -> io::Result<()> {
+    fn durably(&self, change: &mut dyn FnMut() -> io::Result<()>) -> io::Result<()> {
+        change()?;
         self.flush()
     }
 

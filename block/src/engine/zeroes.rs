@@ -77,6 +77,7 @@ mod tests {
     use std::path::Path;
     use std::sync::Arc;
 
+    use crate::cache::CacheMode;
     use crate::direct::Alignment;
     use crate::engine::conformance::{Bed, Kind, memory, op};
     use crate::engine::faulty::{Call, Fault, Faulty};
@@ -137,6 +138,26 @@ mod tests {
             .unwrap();
         assert_eq!(image.calls(), [Call::Discard { range: block..3 * block }]);
         assert!(fs::read(&path).unwrap() == zeroed(&content, &[block..3 * block]));
+    }
+
+    /// The kernel zeroes parts of blocks in the page cache (fallocate(2): "partial filesystem blocks are zeroed") and writes
+    /// them later: past it nobody would be told if it could not.
+    #[test]
+    fn past_the_page_cache_parts_of_blocks_are_written() {
+        for cache in [CacheMode::None, CacheMode::Writeback] {
+            for kind in [UNMAP, KEEP, OpKind::WriteZeroes { unmap: false, durable: true }] {
+                let (_dir, path, disk, content) = Bed { cache, ..Bed::default() }.disk(SIZE);
+                let block = disk.topology().discard;
+                let ranges = [512..4 * block - 512, 5 * block + 512..5 * block + 1024];
+                let image = Faulty::new(disk, &[]);
+                run(&image, kind, &ranges).unwrap();
+                let asked = |call| if let Call::Zero { range, .. } = call { Some(range) } else { None };
+                let asked: Vec<_> = image.calls().into_iter().filter_map(asked).collect();
+                let expected = if cache.is_direct() { vec![block..3 * block] } else { ranges.to_vec() };
+                assert_eq!(asked, expected, "{cache:?} {kind:?}");
+                assert!(fs::read(&path).unwrap() == zeroed(&content, &ranges), "{cache:?} {kind:?}");
+            }
+        }
     }
 
     #[test]
