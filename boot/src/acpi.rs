@@ -344,6 +344,15 @@ mod tests {
     }
 
     #[test]
+    fn every_cpu_has_a_device_while_there_is_room() {
+        for (cpus, devices) in [(1, 1), (300, 300), (1024, 1024), (1025, 0)] {
+            let dsdt = body(&written(&config(cpus)), *b"DSDT");
+            let found = dsdt.windows(9).filter(|name| name == b"ACPI0007\0").count();
+            assert_eq!(found, devices, "{cpus} CPUs");
+        }
+    }
+
+    #[test]
     fn tables_are_aligned_and_apart() {
         let tables = tables(RSDP, &config(3));
         assert!(tables.iter().all(|table| table.address % 16 == 0));
@@ -406,6 +415,7 @@ mod tests {
             ("evaluate \\_SB.GED._EVT 5", pressed, "rror"),
             ("evaluate \\_SB.GED._EVT 6", "No object was returned", pressed),
             ("evaluate \\_S5", "[Integer] = 0000000000000005", "rror"),
+            ("evaluate \\_SB.C000._CST", "[Package] Contains 4 Elements: [Buffer] Length 11", "rror"),
             ("resources \\_SB.PCI0", "Address Minimum : 0CF8", "rror"),
             ("resources \\_SB.PCI0", "Address Minimum : C0000000 Address Maximum : DFFFFFFF", "rror"),
             ("resources \\_SB.PCI0", "Address Minimum : 0000008000000000 Address Maximum : 000000FFFFFFFFFF", "rror"),

@@ -3,8 +3,9 @@
 use acpi_tables::Aml;
 use acpi_tables::aml::{
     AddressSpace, AddressSpaceCacheable, Arg, Device, EISAName, Equal, IO, If, Interrupt, Memory32Fixed, Method, Name,
-    Notify, PackageBuilder, Path, ResourceTemplate, Scope,
+    Notify, Package, PackageBuilder, Path, Register, ResourceTemplate, Scope,
 };
+use acpi_tables::gas;
 
 use super::{AcpiConfig, PortDevice, S5_SLEEP_TYPE};
 
@@ -14,10 +15,15 @@ const ECAM_PER_BUS: u32 = 1 << 20;
 const PCI_CONFIG_PORT: u16 = 0xcf8;
 /// "S0 button pressed" (ACPI 6.5, table 4.8).
 const BUTTON_PRESSED: u8 = 0x80;
+/// As many processors as the tables have room for a device of.
+const PROCESSORS_MAX: usize = 1024;
 
 /// The AML behind the header of the DSDT.
 pub(super) fn aml(config: &AcpiConfig) -> Vec<u8> {
     let mut aml = Vec::new();
+    if config.apic_ids.len() <= PROCESSORS_MAX {
+        (0u32..).zip(&config.apic_ids).for_each(|(uid, _)| processor(uid, &mut aml));
+    }
     host_bridge(config, &mut aml);
     motherboard(config, &mut aml);
     if let Some(serial) = config.serial {
@@ -39,6 +45,27 @@ fn system_bus(name: &str, children: Vec<&dyn Aml>, aml: &mut Vec<u8>) {
 
 fn name(path: &str, value: &dyn Aml) -> Name {
     Name::new(Path::new(path), value)
+}
+
+/// The processor of the MADT's structure with this `uid`, and the only way it can be idle: C1, entered by HLT (ACPI 6.5,
+/// sections 8.4.1.1 and 8.3).
+///
+/// A guest could halt without being told. But Linux asks its idle governor, who knows when a CPU will be woken, only
+/// where there are states to choose from; without them it keeps its tick until that has come once more, after everything
+/// a CPU did.
+fn processor(uid: u32, aml: &mut Vec<u8>) {
+    const C1: u8 = 1;
+    const WAKING_US: u8 = 1;
+    const MILLIWATTS: u8 = 0;
+    let halt = gas::GAS::new(gas::AddressSpace::FunctionalFixedHardware, 0, 0, gas::AccessSize::Undefined, 0);
+    let halt = Register::new(halt);
+    let halt = ResourceTemplate::new(vec![&halt]);
+    let state = Package::new(vec![&halt, &C1, &WAKING_US, &MILLIWATTS]);
+    system_bus(
+        &format!("C{uid:03X}"),
+        vec![&name("_HID", &"ACPI0007"), &name("_UID", &uid), &name("_CST", &Package::new(vec![&1u8, &state]))],
+        aml,
+    );
 }
 
 /// PCI Express root of segment 0, with the windows of its buses.

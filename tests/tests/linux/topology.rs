@@ -2,7 +2,7 @@
 
 use tests::Skiff;
 
-/// The sockets, cores and threads that the guest sees, and no complaint about them.
+/// The sockets, cores and threads that the guest sees, the way they are idle, and no complaint about them.
 fn topology(cpus: u32) {
     let mut guest = Skiff::linux().cpus(cpus).boot();
     assert_eq!(guest.ask("nproc"), cpus.to_string());
@@ -13,7 +13,9 @@ fn topology(cpus: u32) {
     let threads = guest.ask("cat /sys/devices/system/cpu/cpu*/topology/thread_siblings_list");
     let pairs: std::collections::BTreeSet<_> = ids.lines().zip(threads.lines()).collect();
     assert_eq!(pairs.len(), cpus as usize, "every CPU is a core of its own: {ids} {threads}");
-    let complaints = guest.run("dmesg | grep -iE 'topology|sibling|apic.*(mismatch|bug)|\\[Firmware Bug\\]'");
+    let states = guest.ask("cat /sys/devices/system/cpu/cpu*/cpuidle/state1/desc");
+    assert_eq!(states.lines().collect::<Vec<_>>(), vec!["ACPI HLT"; cpus as usize], "C1 of every CPU");
+    let complaints = guest.run("dmesg | grep -iE 'topology|sibling|apic.*(mismatch|bug)|cpuidle.*fail|processor.*(invalid|duplicate)|\\[Firmware Bug\\]'");
     assert_eq!((complaints.text.as_str(), complaints.code), ("", 1), "the kernel does not like the topology");
     assert_eq!(guest.power_off().code, Some(0));
 }
