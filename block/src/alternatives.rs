@@ -1,9 +1,9 @@
 //! What would change a choice: the same pure function, asked about facts that are a little different. Plain values, on any
 //! thread.
 
+use crate::SECTOR_SIZE;
 use crate::choose::{Access, Choice, Wish, choose};
 use crate::direct::Alignment;
-use crate::disk::SECTOR_SIZE;
 use crate::extents::Blocks;
 use crate::facts::{Direct, Facts, Kind};
 use crate::filesystem::Filesystem;

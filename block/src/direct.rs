@@ -10,7 +10,7 @@ use std::os::unix::fs::FileExt;
 
 use libc::iovec;
 
-use crate::disk::SECTOR_SIZE;
+use crate::SECTOR_SIZE;
 
 /// What transfers must be multiples of, in bytes. Powers of two.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

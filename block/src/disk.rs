@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use thiserror::Error;
 
+use crate::SECTOR_SIZE;
 use crate::cache::CacheMode;
 use crate::direct::{self, Alignment};
 use crate::lock;
@@ -18,9 +19,6 @@ use crate::overlay::Backing;
 use crate::ranges::Ranges;
 use crate::topology::Topology;
 use crate::witness::Witnesses;
-
-/// The unit of [`Disk::size`] and of virtio-blk addresses, in bytes.
-pub const SECTOR_SIZE: u64 = 512;
 
 /// How long the kernel may keep the lock of a process that was killed, in milliseconds: an io_uring of it is taken apart
 /// later than its descriptors. Nobody can be named as the holder then.

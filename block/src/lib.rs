@@ -17,3 +17,6 @@ pub mod throttle;
 pub mod topology;
 mod witness;
 mod written;
+
+/// The unit of [`disk::Disk::size`] and of virtio-blk addresses, in bytes.
+pub const SECTOR_SIZE: u64 = 512;

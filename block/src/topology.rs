@@ -8,7 +8,7 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt};
 
 use vmm_sys_util::ioctl::{ioctl_with_mut_ref, ioctl_with_ref};
 
-use crate::disk::SECTOR_SIZE;
+use crate::SECTOR_SIZE;
 
 /// `_IO(0x12, 119)` and `_IO(0x12, 122)` of Linux's `uapi/linux/fs.h`.
 const BLKDISCARD: libc::c_ulong = 0x1277;

@@ -5,7 +5,7 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{PoisonError, RwLock};
 
-use crate::disk::SECTOR_SIZE;
+use crate::SECTOR_SIZE;
 
 /// Sectors in a word of the map.
 const WORD: u64 = u64::BITS as u64;

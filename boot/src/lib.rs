@@ -26,6 +26,7 @@ mod cmdline;
 pub mod e820;
 mod elf;
 mod error;
+mod image;
 mod initrd;
 mod kernel;
 mod params;
@@ -102,7 +103,7 @@ pub struct Loaded {
 pub fn load(memory: &GuestMemoryMmap, request: &Request) -> Result<Loaded, BootError> {
     assert!(request.e820.len() <= e820::MAX_ENTRIES, "a memory map longer than the zero page can hold");
     check_low_memory(memory)?;
-    let kernel = kernel::load(memory, request)?;
+    let kernel = image::load(memory, request)?;
     cmdline::write(memory, request.cmdline, kernel.cmdline_max)?;
     let initrd = match request.initrd {
         Some(file) => Some(initrd::load(memory, file, &kernel, request.e820)?),

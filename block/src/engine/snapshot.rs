@@ -11,7 +11,8 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::transfer::length;
 use super::{Completion, Engine, Op, OpKind};
-use crate::disk::{Disk, SECTOR_SIZE};
+use crate::SECTOR_SIZE;
+use crate::disk::Disk;
 use crate::overlay::Backing;
 
 /// The bit of a tag that says it is ours, of a part of a read. Those of the owner, descriptor heads, are below it.

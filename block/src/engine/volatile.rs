@@ -18,8 +18,8 @@ use super::ring::{Ring, RingEngine};
 use super::threads::ThreadPool;
 use super::transfer::Image;
 use super::{Engine, OpKind};
+use crate::SECTOR_SIZE;
 use crate::direct::Alignment;
-use crate::disk::SECTOR_SIZE;
 use crate::ranges::Ranges;
 use crate::topology::Topology;
 

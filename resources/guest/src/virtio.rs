@@ -5,7 +5,7 @@ use crate::memory;
 use crate::msix::Msix;
 use crate::pci::{Bar, COMMAND_MASTER, COMMAND_MEMORY, Function};
 use crate::report::{Failure, Outcome, equal, holds};
-use crate::virtqueue::Virtqueue;
+use crate::virtqueue::{F_EVENT_IDX, F_INDIRECT_DESC, Virtqueue};
 
 pub(crate) const ACKNOWLEDGE: u8 = 1;
 pub(crate) const DRIVER: u8 = 2;
@@ -13,8 +13,6 @@ pub(crate) const DRIVER_OK: u8 = 4;
 pub(crate) const FEATURES_OK: u8 = 8;
 pub(crate) const NEEDS_RESET: u8 = 64;
 
-pub(crate) const F_INDIRECT_DESC: u64 = 1 << 28;
-pub(crate) const F_EVENT_IDX: u64 = 1 << 29;
 pub(crate) const F_VERSION_1: u64 = 1 << 32;
 
 /// "No vector" in the vector registers.

@@ -4,7 +4,10 @@ use core::sync::atomic::{Ordering, fence};
 
 use crate::cpu::Mmio;
 use crate::memory;
-use crate::virtio::{F_EVENT_IDX, F_INDIRECT_DESC};
+
+/// Features of the rings (6): chains in tables of their own, and interrupts and doorbells by index.
+pub(crate) const F_INDIRECT_DESC: u64 = 1 << 28;
+pub(crate) const F_EVENT_IDX: u64 = 1 << 29;
 
 const NEXT: u16 = 1;
 const WRITE: u16 = 2;

@@ -106,8 +106,3 @@ pub(super) fn describe(cell: &Cell) -> String {
         [format!("aio={},cache={}", way.aio_name(), way.cache.name())].into_iter().chain(way.unusual()).collect();
     format!("{} rw={} bs={} depth={}", way.join(","), work.rw.name(), work.bs, work.depth)
 }
-
-/// Threads that run guest code: the names that skiff and Cloud Hypervisor, QEMU, and Firecracker give them.
-pub(super) fn is_vcpu(name: &str) -> bool {
-    ["vcpu", "CPU ", "fc_vcpu"].iter().any(|start| name.starts_with(start))
-}

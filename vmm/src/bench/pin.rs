@@ -5,8 +5,7 @@ use std::process::{Command, Stdio};
 
 use anyhow::{Context, bail, ensure};
 
-use super::machine::is_vcpu;
-use super::usage::Usage;
+use super::usage::{Usage, is_vcpu};
 
 /// Who may run where.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -71,6 +71,11 @@ fn thread(folder: &Path) -> Option<Thread> {
     Some(Thread { id, name: read("comm")?.trim().to_owned(), used: Used { cpu, switches } })
 }
 
+/// Threads that run guest code: the names that skiff and Cloud Hypervisor, QEMU, and Firecracker give them.
+pub(super) fn is_vcpu(name: &str) -> bool {
+    ["vcpu", "CPU ", "fc_vcpu"].iter().any(|start| name.starts_with(start))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

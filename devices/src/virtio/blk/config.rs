@@ -1,6 +1,7 @@
 //! The configuration structure of virtio-blk (virtio 1.2, 5.2.4), as the driver reads it.
 
-use block::disk::{Disk, SECTOR_SIZE};
+use block::SECTOR_SIZE;
+use block::disk::Disk;
 
 /// Bytes of `struct virtio_blk_config` up to `write_zeroes_may_unmap` and its padding; no feature that is offered defines
 /// more.

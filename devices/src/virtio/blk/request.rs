@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use block::disk::SECTOR_SIZE;
+use block::SECTOR_SIZE;
 use block::engine::{Op, OpKind};
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_WRITE_ZEROES, VIRTIO_BLK_ID_BYTES, VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK,

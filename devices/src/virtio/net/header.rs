@@ -9,8 +9,7 @@ use virtio_bindings::virtio_net::{
 
 use super::backend::{HEADER, Offloads};
 use super::buffers::Buffers;
-use super::filter::JUDGED;
-use super::settings::Settings;
+use super::filter::{Filter, JUDGED};
 use super::statistics::DropReason;
 
 /// Offsets in the header.
@@ -73,11 +72,11 @@ impl Rules {
 ///
 /// # Errors
 /// If the driver does not want such a frame, or did not agree to get one: it waited in the host since before.
-pub(super) fn finish(frame: &Buffers<'_>, spread: u16, settings: &Settings) -> Result<(), DropReason> {
-    let (mut header, mut start, rules) = ([0; HEADER], [0; JUDGED], settings.rules);
+pub(super) fn finish(frame: &Buffers<'_>, spread: u16, rules: Rules, filter: &Filter) -> Result<(), DropReason> {
+    let (mut header, mut start) = ([0; HEADER], [0; JUDGED]);
     frame.get(0, &mut header);
     frame.get(HEADER, &mut start);
-    if !settings.filter.takes(&start) {
+    if !filter.takes(&start) {
         return Err(DropReason::Filtered);
     }
     if !rules.takes(header[FLAGS], header[GSO_TYPE]) {

@@ -153,7 +153,7 @@ impl Receiver {
         }
         let buffers = self.ready.iter().take(spread).map(|ready| ready.buffers).sum();
         let frame = self.list.first(buffers);
-        if let Err(reason) = header::finish(&frame, spread as u16, settings) {
+        if let Err(reason) = header::finish(&frame, spread as u16, settings.rules, &settings.filter) {
             return dropped(counts, reason);
         }
         let mut left = bytes;

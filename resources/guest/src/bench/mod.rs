@@ -14,7 +14,8 @@ use crate::checks::msix;
 use crate::cpu::{self, Mmio};
 use crate::memory;
 use crate::report::{self, Failure, Outcome, equal, holds, println};
-use crate::virtio::{Device, F_EVENT_IDX, F_INDIRECT_DESC, Options};
+use crate::virtio::{Device, Options};
+use crate::virtqueue::{F_EVENT_IDX, F_INDIRECT_DESC};
 use crate::workload::{BUCKETS, Mix, Workload, bucket};
 
 const F_MQ: u64 = 1 << 12;

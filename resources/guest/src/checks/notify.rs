@@ -6,7 +6,8 @@ use crate::blk::{self, Disk, Kind, SECTOR};
 use crate::cpu;
 use crate::memory;
 use crate::report::{Outcome, equal, holds, println};
-use crate::virtio::{F_EVENT_IDX, F_INDIRECT_DESC, Options};
+use crate::virtio::Options;
+use crate::virtqueue::{F_EVENT_IDX, F_INDIRECT_DESC};
 
 pub(super) const CHECKS: &[Check] = &[
     Check { name: "no request is forgotten, plain rings", run: |machine| requests(machine, 0) },

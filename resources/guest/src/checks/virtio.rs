@@ -7,9 +7,9 @@ use crate::cpu::Width;
 use crate::pci::{Bar, Function};
 use crate::report::{Outcome, equal, holds, println};
 use crate::virtio::{
-    ACKNOWLEDGE, Capability, DRIVER, DRIVER_OK, Device, F_EVENT_IDX, F_INDIRECT_DESC, F_VERSION_1, FEATURES_OK,
-    NO_VECTOR, Options, Structure, common,
+    ACKNOWLEDGE, Capability, DRIVER, DRIVER_OK, Device, F_VERSION_1, FEATURES_OK, NO_VECTOR, Options, Structure, common,
 };
+use crate::virtqueue::{F_EVENT_IDX, F_INDIRECT_DESC};
 
 pub(super) const CHECKS: &[Check] = &[
     Check { name: "the structures are inside their BARs and aligned", run: structures },

@@ -11,10 +11,10 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
 
-use super::{HUNG, is_vcpu, terminal};
+use super::{HUNG, terminal};
 use crate::bench::pin::Pin;
 use crate::bench::sample::{GuestReport, Handed, Sample};
-use crate::bench::usage::Usage;
+use crate::bench::usage::{Usage, is_vcpu};
 use crate::child::{end_with_this_thread, signal_group};
 
 /// How long to wait between looks at whether the user wants to stop.
