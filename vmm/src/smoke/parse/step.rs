@@ -1,5 +1,6 @@
 //! `[[step]]`: one action each, with the keys that go with it.
 
+use block::choose::Access;
 use toml::de::{DeTable, DeValue};
 
 use super::Reader;
@@ -263,8 +264,14 @@ impl Reader<'_> {
             return self.none(entry, format!("the machine has no disk {id:?} ({ids})"));
         };
         let (check, partition) = (check?, partition?);
+        let (path, access) = (&machine.disks[disk].path, machine.disks[disk].access);
+        // What a snapshot wrote is looked at in a copy.
+        if access == Access::Snapshot && std::fs::metadata(path).is_ok_and(|image| !image.is_file()) {
+            let what = "only an image in a file can be copied; make one, or say readonly = true or snapshot = false";
+            return self.none(entry, format!("{id} is {}: {what}", path.display()));
+        }
         // Later it is too late to say so: which one is meant cannot be seen.
-        if let Ok(file) = std::fs::File::open(&machine.disks[disk].path)
+        if let Ok(file) = std::fs::File::open(path)
             && let layout = Layout::of(&file)
             && partition.is_none()
             && layout.is_ambiguous()

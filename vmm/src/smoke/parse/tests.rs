@@ -231,6 +231,12 @@ fn what_is_impossible() {
             "[[step]]\nexpect = 'panic'\n[[step]]\ncheck-disk = 'disk0'",
             "a.toml:5: check-disk: the machine has no disk \"disk0\" (it has none)",
         ),
+        // A character device in the place of a block device.
+        (
+            "machine.disk = [{ path = '/dev/null' }]\n[[step]]\nexpect = 'panic'\n[[step]]\ncheck-disk = 'disk0'",
+            "a.toml:6: check-disk: disk0 is /dev/null: only an image in a file can be copied; make one, or say readonly = \
+             true or snapshot = false",
+        ),
         (
             "matrix.aio = ['threads']\n[[step]]\nwait = 'x'",
             "a.toml:2: aio: the machine has no disk that it could be of",
