@@ -1,7 +1,7 @@
 //! All tests of a run: as many machines at a time as the host has room for, each on a thread of its own, which takes one test
 //! after the other.
 
-use std::hash::{DefaultHasher, Hash, Hasher};
+use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
@@ -42,6 +42,8 @@ struct Job<'a> {
     test: TestId,
     scenario: &'a Scenario,
     cell: &'a Cell,
+    /// Of `--keep`: no other test's.
+    folder: String,
 }
 
 impl Job<'_> {
@@ -58,7 +60,7 @@ impl Plan {
     }
 
     fn select(&self) -> Vec<Job<'_>> {
-        let mut selected = Vec::new();
+        let (mut selected, mut given) = (Vec::new(), HashMap::new());
         for scenario in &self.scenarios {
             for cell in &scenario.cells {
                 for number in 1..=self.repeat {
@@ -66,8 +68,10 @@ impl Plan {
                     let (name, file) = (scenario.name.clone(), scenario.file.clone());
                     let test = TestId { scenario: name, file, cell: cell.keys.clone(), repetition };
                     let name = test.to_string();
+                    // Of those that are left out too: the names do not depend on the filters.
+                    let folder = distinct(folder_name(&name), &mut given);
                     if self.filters.is_empty() || self.filters.iter().any(|filter| name.contains(filter)) {
-                        selected.push(Job { test, scenario, cell });
+                        selected.push(Job { test, scenario, cell, folder });
                     }
                 }
             }
@@ -147,8 +151,8 @@ fn test(surroundings: &Surroundings<'_>, job: &Job<'_>, keep: Option<&Path>) -> 
         Err(what) => return error(&what),
     };
     if let Some(folder) = keep.filter(|_| matches!(outcome.verdict, Verdict::Failed | Verdict::Error)) {
-        match keep_all(folder, &outcome, job.cell, &prepared, surroundings.stop) {
-            Ok(kept) => outcome.kept = Some(kept),
+        match keep_all(&folder.join(&job.folder), &outcome, job.cell, &prepared, surroundings.stop) {
+            Ok(()) => outcome.kept = Some(folder.join(&job.folder)),
             Err(error) => tracing::warn!("--keep {}: {}: {error}", folder.display(), job.test),
         }
     }
@@ -162,30 +166,35 @@ fn keep_all(
     cell: &Cell,
     prepared: &Prepared,
     stop: &AtomicBool,
-) -> std::io::Result<PathBuf> {
-    let folder = folder.join(folder_name(&outcome.test.to_string()));
-    std::fs::create_dir_all(&folder)?;
+) -> std::io::Result<()> {
+    std::fs::create_dir_all(folder)?;
     let (begin, rest) = outcome.console.bytes();
     let dropped = outcome.console.dropped();
     let gap = if dropped == 0 { String::new() } else { format!("\n[... {dropped} bytes ...]\n") };
     std::fs::write(folder.join("console.log"), [&begin, gap.as_bytes(), &rest].concat())?;
     std::fs::write(folder.join("messages.log"), &outcome.messages)?;
-    prepared.keep(cell, &folder, stop)?;
-    Ok(folder)
+    prepared.keep(cell, folder, stop)
 }
 
-/// What the folder of a test is called: letters that no shell minds, and no more of them than a file's name may have. One
-/// that is cut ends with a number of its own: names in a matrix of command lines begin alike.
+/// What the folder of a test is called: letters that no shell minds, and no more of them than a file's name may have.
 fn folder_name(test: &str) -> String {
     let plain = |letter: char| if letter.is_alphanumeric() || "=._-#".contains(letter) { letter } else { '_' };
     let mut name: String = test.chars().map(plain).collect();
-    if name.len() <= LONGEST_NAME {
+    name.truncate((0..=LONGEST_NAME.min(name.len())).rev().find(|at| name.is_char_boundary(*at)).unwrap_or(0));
+    // Neither hidden nor a folder that is there already.
+    if name.starts_with('.') { format!("_{name}") } else { name }
+}
+
+/// `name`, with a number behind it if it was given before: tests may have the same name, or differ in what a folder's has no
+/// room or no letters for.
+fn distinct(name: String, given: &mut HashMap<String, u32>) -> String {
+    let times = given.entry(name.clone()).or_default();
+    *times += 1;
+    if *times == 1 {
         return name;
     }
-    name.truncate((0..=LONGEST_NAME).rev().find(|at| name.is_char_boundary(*at)).unwrap_or(0));
-    let mut hasher = DefaultHasher::new();
-    test.hash(&mut hasher);
-    format!("{name}-{:016x}", hasher.finish())
+    let numbered = format!("{name}-{times}");
+    distinct(numbered, given)
 }
 
 fn not_run(test: &TestId, verdict: Verdict, summary: String) -> Outcome {
@@ -200,11 +209,14 @@ mod tests {
     #[test]
     fn folders_of_tests_have_names_that_fit() {
         assert_eq!(folder_name("boot [cpus=2] #3"), "boot__cpus=2__#3");
-        let folder = tempfile::tempdir().unwrap();
-        for end in ["one", "two"] {
-            for letter in ["x", "\u{4e2d}"] {
-                std::fs::create_dir(folder.path().join(folder_name(&(letter.repeat(300) + end)))).unwrap();
-            }
+        let parent = tempfile::tempdir().unwrap();
+        let (long, wide) = ("x".repeat(300), "\u{4e2d}".repeat(300));
+        let same = ["a b", "a_b", "a:b", "a_b", "a_b-2", "..", ".", "_.", &long, &(long.clone() + "y"), &wide, &wide];
+        let mut given = HashMap::new();
+        let names = same.map(|test| distinct(folder_name(test), &mut given));
+        assert_eq!(names[..5], ["a_b", "a_b-2", "a_b-3", "a_b-4", "a_b-2-2"]);
+        for name in names {
+            std::fs::create_dir(parent.path().join(name)).unwrap();
         }
     }
 }
