@@ -66,6 +66,17 @@ impl Rig {
         while self.manager.run_with_timeout(0).unwrap() != 0 {}
     }
 
+    /// A client says `text`, and the guest says it back. The first hears what was said before it came.
+    fn converse(&mut self, mut client: impl Read + Write, text: &[u8]) {
+        client.write_all(text).unwrap();
+        assert_eq!(self.receive(text.len()), text);
+        self.print(text);
+        let expected = [if text == b"second" { &b""[..] } else { b"early " }, text].concat();
+        let mut data = vec![0; expected.len()];
+        client.read_exact(&mut data).unwrap();
+        assert_eq!(data, expected);
+    }
+
     fn finish(self) {
         drop(self.manager);
         self.console.lock().unwrap().finish();
@@ -206,15 +217,7 @@ fn a_pty_survives_its_clients() {
     rig.settle();
     rig.print(b"early ");
     for text in [&b"first\x01x"[..], b"second"] {
-        let mut client = open_terminal(Path::new(&name));
-        client.write_all(text).unwrap();
-        assert_eq!(rig.receive(text.len()), text);
-        rig.print(text);
-        let expected = [if text == b"second" { &b""[..] } else { b"early " }, text].concat();
-        let mut data = vec![0; expected.len()];
-        client.read_exact(&mut data).unwrap();
-        assert_eq!(data, expected);
-        drop(client);
+        rig.converse(open_terminal(Path::new(&name)), text);
         rig.settle();
     }
     rig.finish();
@@ -228,15 +231,7 @@ fn a_socket_survives_its_clients() {
     rig.open_port();
     rig.print(b"early ");
     for text in [&b"first"[..], b"second"] {
-        let mut client = UnixStream::connect(&path).unwrap();
-        client.write_all(text).unwrap();
-        assert_eq!(rig.receive(text.len()), text);
-        rig.print(text);
-        let expected = [if text == b"second" { &b""[..] } else { b"early " }, text].concat();
-        let mut data = vec![0; expected.len()];
-        client.read_exact(&mut data).unwrap();
-        assert_eq!(data, expected);
-        drop(client);
+        rig.converse(UnixStream::connect(&path).unwrap(), text);
         while rig.console.lock().unwrap().input.fd().is_some() {
             rig.manager.run().unwrap();
         }
