@@ -5,10 +5,10 @@
 
 use std::io::{self, ErrorKind};
 use std::mem;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 use std::os::unix::net::UnixStream;
 
-use libc::{MSG_DONTWAIT, MSG_NOSIGNAL, iovec};
+use libc::{MSG_DONTWAIT, MSG_NOSIGNAL, iovec, msghdr};
 
 use super::backend::{Failure, HEADER, LARGEST_FRAME, Offloads, Port};
 use super::buffers::{Buffers, MAX_IOVECS};
@@ -74,24 +74,12 @@ impl Stream {
 
     /// Receives into `iovecs`, which are empty afterwards: how many bytes, at least 1.
     fn receive_message(&mut self) -> Result<usize, Failure> {
-        let result = loop {
-            // SAFETY: all zero is a valid msghdr.
-            let mut message: libc::msghdr = unsafe { mem::zeroed() };
-            message.msg_iov = self.iovecs.as_mut_ptr();
-            message.msg_iovlen = self.iovecs.len();
-            // SAFETY: the buffers are memory of ours, or lent to the caller of this, and writable.
-            let count = unsafe { libc::recvmsg(self.socket.as_raw_fd(), &raw mut message, MSG_DONTWAIT) };
-            match usize::try_from(count) {
-                Ok(0) => break Err(io::Error::new(ErrorKind::UnexpectedEof, "the other end closed the connection")),
-                Ok(count) => break Ok(count),
-                Err(_) => match io::Error::last_os_error() {
-                    error if error.kind() == ErrorKind::Interrupted => {}
-                    error => break Err(error),
-                },
-            }
-        };
-        self.iovecs.clear();
-        result.map_err(|error| self.failure(error))
+        // SAFETY: the buffers are memory of ours, or lent to the caller of this, and writable.
+        let receive = |socket, message| unsafe { libc::recvmsg(socket, message, MSG_DONTWAIT) };
+        match self.transfer(receive)? {
+            0 => Err(self.lose(io::Error::new(ErrorKind::UnexpectedEof, "the other end closed the connection"))),
+            count => Ok(count),
+        }
     }
 
     /// Receives the frame of `length` bytes behind the header in `room`, and the length of the next one, if that has come.
@@ -128,20 +116,22 @@ impl Stream {
 
     /// Sends `iovecs`, which are empty afterwards: how many bytes went.
     fn send_message(&mut self) -> Result<usize, Failure> {
+        // SAFETY: the buffers are memory of ours, or lent to the caller of this.
+        self.transfer(|socket, message| unsafe { libc::sendmsg(socket, message, MSG_DONTWAIT | MSG_NOSIGNAL) })
+    }
+
+    /// Has `call` move what is in `iovecs`, which are empty afterwards: how many bytes it says.
+    fn transfer(&mut self, call: impl Fn(RawFd, *mut msghdr) -> isize) -> Result<usize, Failure> {
+        // SAFETY: all zero is a valid msghdr.
+        let mut message: msghdr = unsafe { mem::zeroed() };
+        (message.msg_iov, message.msg_iovlen) = (self.iovecs.as_mut_ptr(), self.iovecs.len());
         let result = loop {
-            // SAFETY: all zero is a valid msghdr.
-            let mut message: libc::msghdr = unsafe { mem::zeroed() };
-            message.msg_iov = self.iovecs.as_mut_ptr();
-            message.msg_iovlen = self.iovecs.len();
-            // SAFETY: the buffers are memory of ours, or lent to the caller of this.
-            let count =
-                unsafe { libc::sendmsg(self.socket.as_raw_fd(), &raw const message, MSG_DONTWAIT | MSG_NOSIGNAL) };
-            match usize::try_from(count) {
-                Ok(count) => break Ok(count),
-                Err(_) => match io::Error::last_os_error() {
-                    error if error.kind() == ErrorKind::Interrupted => {}
-                    error => break Err(error),
-                },
+            if let Ok(count) = usize::try_from(call(self.socket.as_raw_fd(), &raw mut message)) {
+                break Ok(count);
+            }
+            let error = io::Error::last_os_error();
+            if error.kind() != ErrorKind::Interrupted {
+                break Err(error);
             }
         };
         self.iovecs.clear();
