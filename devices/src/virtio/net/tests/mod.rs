@@ -5,7 +5,7 @@ use std::fs;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::net::UnixDatagram;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering, fence};
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU8, AtomicU64, Ordering, fence};
 use std::thread;
 use std::time::Duration;
 
@@ -57,8 +57,9 @@ struct Ends {
     offloads: AtomicU8,
     /// How often a frame was asked for.
     receives: AtomicU64,
-    /// How often the file was asked for, as the worker does before it sleeps.
+    /// How often the file was asked for, as the worker does before it sleeps, and its number.
     files: AtomicU64,
+    file: AtomicI32,
     /// A bit a port that takes part.
     enabled: AtomicU8,
     /// How often a port was looked for, and by which thread: where proc(5) tells of it.
@@ -88,6 +89,7 @@ fn failure(error: io::Error) -> Failure {
 impl Port for SocketPort {
     fn file(&self) -> BorrowedFd<'_> {
         self.ends.files.fetch_add(1, Ordering::SeqCst);
+        self.ends.file.store(self.socket.as_raw_fd(), Ordering::SeqCst);
         self.socket.as_fd()
     }
     fn receive(&mut self, room: &Buffers<'_>) -> Result<usize, Failure> {
@@ -323,6 +325,33 @@ fn frame_with(flags: u8, gso_type: u8, len: usize) -> Vec<u8> {
 
 fn frame(len: usize) -> Vec<u8> {
     frame_with(0, 0, len)
+}
+
+#[test]
+fn what_the_back_end_does_not_do_is_not_offered() {
+    // virtio 1.2, 5.1.3: the features of each offload, for the device to do and for the guest; none without checksums (5.1.3.1).
+    let table: &[(Offloads, &[u32])] = &[
+        (Offloads::CSUM, &[0, 1, 2]),
+        (Offloads::TSO4, &[7, 11]),
+        (Offloads::TSO6, &[8, 12]),
+        (Offloads::ECN, &[9, 13]),
+        (Offloads::UFO, &[10, 14]),
+        (Offloads::USO4, &[54]),
+        (Offloads::USO6, &[55]),
+        (Offloads::USO, &[54, 55, 56]),
+    ];
+    let bits = |numbers: &[u32]| numbers.iter().fold(0_u64, |bits, number| bits | 1 << number);
+    let all = table.iter().fold(0, |all, (_, numbers)| all | bits(numbers));
+    let offered = |offloads| {
+        let (socket, _) = UnixDatagram::pair().unwrap();
+        let port = SocketPort { socket, number: 0, ends: Arc::default() };
+        Bench::over(Backend::new(vec![Box::new(port)], offloads), PLAIN, 256).net.features() & all
+    };
+    assert_eq!((offered(Offloads::NONE), offered(Offloads::ALL)), (0, all));
+    for (offloads, numbers) in table {
+        assert_eq!(offered(*offloads | Offloads::CSUM), bits(numbers) | bits(&[0, 1, 2]), "{offloads:?}");
+        assert!(offloads.contains(Offloads::CSUM) || offered(*offloads) == 0, "{offloads:?}");
+    }
 }
 
 #[test]

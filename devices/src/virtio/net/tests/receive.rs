@@ -128,6 +128,67 @@ fn without_room_the_port_is_left_alone() {
     }
 }
 
+/// What the worker's epoll instance watches `file` for, as proc_pid_fdinfo(5) shows it.
+fn watched(file: i32) -> EventSet {
+    let entries =
+        fs::read_dir("/proc/self/fdinfo").unwrap().filter_map(|entry| fs::read_to_string(entry.ok()?.path()).ok());
+    let lines = entries.flat_map(|text| text.lines().map(str::to_owned).collect::<Vec<_>>());
+    let of_file = lines.filter_map(|line| {
+        let mut words = line.strip_prefix("tfd:")?.split_whitespace();
+        let is_it = words.next()? == file.to_string();
+        words.next().filter(|word| is_it && *word == "events:")?;
+        u32::from_str_radix(words.next()?, 16).ok()
+    });
+    let found: Vec<_> = of_file.collect();
+    let [events] = found[..] else { panic!("watched once: {found:?}") };
+    EventSet::from_bits_truncate(events)
+}
+
+/// Waits until the worker sleeps, having asked for its file for the last time, and returns how often it did.
+fn asleep(bench: &Bench) -> u64 {
+    let files = || bench.ends.files.load(Ordering::SeqCst);
+    loop {
+        let before = files();
+        thread::sleep(Duration::from_millis(50));
+        if files() == before {
+            return before;
+        }
+    }
+}
+
+#[test]
+fn frames_wake_nobody_while_there_is_no_room() {
+    const FRAMES: u64 = 60;
+    for features in [PLAIN, PLAIN | EVENT_IDX, PLAIN | MRG_RXBUF] {
+        let mut bench = Bench::active(features, 256);
+        give(&mut bench, [DATA].into_iter(), 1526);
+        bench.hosts[0].send(&frame(60)).unwrap();
+        bench.used(0, 1);
+        // The only buffer is used; what comes now waits in the socket, which keeps a few, and gets the next.
+        let before = asleep(&bench);
+        let receives = bench.ends.receives.load(Ordering::SeqCst);
+        let file = bench.ends.file.load(Ordering::SeqCst);
+        assert!(!watched(file).contains(EventSet::IN));
+        bench.hosts[0].set_nonblocking(true).unwrap();
+        let mut sent = 0;
+        for _ in 0..FRAMES {
+            sent += u64::from(bench.hosts[0].send(&frame(61)).is_ok());
+            thread::sleep(Duration::from_millis(1));
+        }
+        assert!(sent > 3, "{sent} frames");
+        assert_eq!(bench.ends.receives.load(Ordering::SeqCst), receives, "nobody was asked for a frame");
+        // It wakes once a second to see that the port is still there, and not once a frame.
+        let woke = bench.ends.files.load(Ordering::SeqCst) - before;
+        assert!(woke < 3, "woke {woke} times while {sent} frames came");
+        // Room for all of them and one more, and the port is watched again.
+        give(&mut bench, (0..=sent).map(|at| DATA + 0x1000 * at), 1526);
+        bench.used(0, sent as usize);
+        asleep(&bench);
+        assert!(watched(file).contains(EventSet::IN));
+        assert_eq!(bench.counted().rx.drops, [0; DROPS]);
+    }
+}
+
 #[test]
 fn what_is_there_already_needs_one_interrupt() {
     // Without EVENT_IDX: a driver that wants an interrupt for all that it is shown.

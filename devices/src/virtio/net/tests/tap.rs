@@ -96,9 +96,7 @@ fn send(bench: &mut Bench, header: [u8; HEADER], frame: &[u8]) {
 }
 
 fn bench(tap: Tap) -> Bench {
-    let mut bench = Bench::new(PLAIN | MRG_RXBUF | SEGMENTED, 256);
-    bench.net.backend = Arc::new(Backend::new(vec![Box::new(tap)], Offloads::ALL));
-    bench
+    Bench::over(Backend::new(vec![Box::new(tap)], Offloads::ALL), PLAIN | MRG_RXBUF | SEGMENTED, 256)
 }
 
 #[test]
