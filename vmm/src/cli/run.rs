@@ -61,7 +61,8 @@ pub(super) struct RunArgs {
     /// network without root, by the program passt; forward=tcp:2222:22 leads from port 2222 of the host to port 22 of the
     /// guest, udp:5353:53 and tcp:127.0.0.1:8000-8010:8000 too, and may be repeated), socket=PATH (a Unix socket on which
     /// passt listens). Further keys: id=NAME, mac=ADDRESS [default: one derived from the machine, the same each time],
-    /// mtu=68..65535 (told to the guest), queues=N (pairs of queues of a TAP, each with a thread) [default: 1],
+    /// mtu=68..65535 (told to the guest, which does not go beyond) [default: that of tap=NAME, unless it is Ethernet's 1500],
+    /// queues=N (pairs of queues of a TAP, each with a thread) [default: 1],
     /// queue-size=N (entries, a power of two up to 1024) [default: 256], vhost=on|off|auto (of a TAP: whether the kernel
     /// moves its frames, by vhost-net) [default: off; auto is where that is to be had], ioeventfd=on|off, rx-bps=SIZE, tx-bps=SIZE
     /// (at most so many bytes a second to and from the guest), pps=N (at most so many frames a second).

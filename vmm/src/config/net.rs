@@ -26,7 +26,8 @@ pub struct NetConfig {
     pub backend: NetBackend,
     /// Its address; `None`: that of a macvtap, else one derived from the machine. Those that are given differ.
     pub mac: Option<Mac>,
-    /// The largest packet, 68 to 65535 bytes, that the guest is told; `None`: nothing is said, and the guest decides.
+    /// The largest packet, 68 to 65535 bytes, that the guest is told; `None`: that of the TAP or macvtap of the host that is
+    /// named, unless that is Ethernet's 1500; else nothing is said, and the guest decides.
     pub mtu: Option<u16>,
     /// Doorbells arrive through ioeventfds; off: they exit to the vCPU thread first.
     pub ioeventfd: bool,

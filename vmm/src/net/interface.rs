@@ -70,6 +70,14 @@ impl Interface {
         Ok(())
     }
 
+    /// Its MTU in bytes.
+    pub(super) fn mtu(&self) -> io::Result<u32> {
+        let mut request = request(&self.name);
+        get(libc::SIOCGIFMTU, &mut request)?;
+        // SAFETY: the kernel filled in this member.
+        Ok(unsafe { request.ifr_ifru.ifru_mtu }.cast_unsigned())
+    }
+
     /// Sets its MTU in bytes.
     pub(super) fn set_mtu(&self, mtu: u16) -> io::Result<()> {
         let mut request = request(&self.name);
@@ -144,6 +152,8 @@ mod tests {
         let loopback = Interface::find("lo").unwrap();
         // The kernel makes it first in each network namespace.
         assert_eq!(loopback.index, 1);
+        // As it is made (netdevice(7)), and until somebody changes it.
+        assert_eq!(loopback.mtu().unwrap(), 65536);
         // It is no Ethernet.
         assert_eq!(loopback.mac().unwrap(), None);
     }

@@ -40,7 +40,7 @@ pub fn open(config: &VmConfig) -> anyhow::Result<Vec<OpenNet>> {
     let mut nets: Vec<OpenNet> = Vec::with_capacity(config.nets.len());
     for (number, net) in config.nets.iter().enumerate() {
         let place = named(&net.backend);
-        let (backend, own) = open_backend(net).with_context(|| place.clone())?;
+        let Opened { backend, mac: own, mtu } = open_backend(net).with_context(|| place.clone())?;
         let mac = net.mac.or(own).unwrap_or_else(|| derive(config, number));
         if let Some(own) = own.filter(|own| *own != mac) {
             tracing::warn!("{place},mac={mac}: the interface hears {own} only; leave mac= out");
@@ -48,12 +48,14 @@ pub fn open(config: &VmConfig) -> anyhow::Result<Vec<OpenNet>> {
         if let Some(other) = nets.iter().find(|other| other.options.mac == mac.octets()) {
             bail!("{place}: its address {mac} is that of {}; give one of them another with mac=", other.options.id);
         }
-        tracing::info!("net {}: {place}: address {mac}", net.id);
+        let mtu = net.mtu.or(mtu);
+        let told = mtu.map(|mtu| format!(", MTU {mtu}")).unwrap_or_default();
+        tracing::info!("net {}: {place}: address {mac}{told}", net.id);
         let options = NetOptions {
             number,
             id: net.id.clone(),
             mac: mac.octets(),
-            mtu: net.mtu,
+            mtu,
             queue_size: net.queue_size,
             limits: net.limits(),
             statistics: Arc::default(),
@@ -76,32 +78,44 @@ fn named(backend: &NetBackend) -> String {
     }
 }
 
-/// The back end, and the address that the interface must have, if it must have one.
-fn open_backend(net: &NetConfig) -> anyhow::Result<(Backend, Option<Mac>)> {
+/// A back end, and what it asks of the guest's interface.
+struct Opened {
+    backend: Backend,
+    /// The address that it must have, if it must have one.
+    mac: Option<Mac>,
+    /// The MTU that it is told if the configuration says nothing.
+    mtu: Option<u16>,
+}
+
+fn open_backend(net: &NetConfig) -> anyhow::Result<Opened> {
     match &net.backend {
         NetBackend::Tap { source, path } => {
             let tap = OpenTap::open(source, net.mtu)?;
-            let mac = tap.mac;
+            let (mac, mtu) = (tap.mac, tap.mtu);
             let backend = tap.backend()?;
             let kernel = vhost::open(*path, &net.id, backend.pairs())?;
-            Ok((if let Some(kernel) = kernel { backend.in_kernel(kernel) } else { backend }, mac))
+            Ok(Opened {
+                backend: if let Some(kernel) = kernel { backend.in_kernel(kernel) } else { backend },
+                mac,
+                mtu,
+            })
         }
         NetBackend::Passt { forwards, .. } => {
             let passt = Passt::new(forwards, net.mtu);
             let socket = passt.start()?;
-            Ok((stream(socket, Box::new(passt.again()))?, None))
+            stream(socket, Box::new(passt.again()))
         }
         NetBackend::Socket { path, .. } => {
             let socket = socket::connect(path).map_err(|error| anyhow!("{}", socket::refusal(path, &error)))?;
             let path = path.clone();
-            Ok((stream(socket, Box::new(move || socket::connect(&path)))?, None))
+            stream(socket, Box::new(move || socket::connect(&path)))
         }
     }
 }
 
-fn stream(socket: UnixStream, reconnect: Reconnect) -> anyhow::Result<Backend> {
+fn stream(socket: UnixStream, reconnect: Reconnect) -> anyhow::Result<Opened> {
     let port: Box<dyn Port> = Box::new(Stream::new(socket, reconnect)?);
-    Ok(Backend::new(vec![port], Offloads::NONE))
+    Ok(Opened { backend: Backend::new(vec![port], Offloads::NONE), mac: None, mtu: None })
 }
 
 /// The address of the interface at `number` when none is given: it follows from the host, what the machine boots from, and

@@ -33,6 +33,9 @@ const FLAGS: c_int = IFF_TAP | IFF_NO_PI | IFF_VNET_HDR;
 /// The most that the kernel takes for the MTU of a TAP: 65535 without the Ethernet header.
 const LARGEST_MTU: u16 = 65521;
 
+/// What a driver begins with that is told nothing: Ethernet's.
+const USUAL_MTU: u16 = 1500;
+
 /// An interface of the host, open.
 pub(super) struct OpenTap {
     /// One a pair of queues, nonblocking, with IFF_VNET_HDR.
@@ -41,6 +44,9 @@ pub(super) struct OpenTap {
     reopen: Option<Way>,
     /// The address that its other end must have: of a macvtap, which hears no other.
     pub(super) mac: Option<Mac>,
+    /// The MTU that its other end does well to have, unless that is what every driver begins with: one that is told a number may
+    /// not go beyond it, and the interface may be changed later.
+    pub(super) mtu: Option<u16>,
 }
 
 impl OpenTap {
@@ -51,8 +57,10 @@ impl OpenTap {
     pub(super) fn open(source: &TapSource, mtu: Option<u16>) -> anyhow::Result<Self> {
         match source {
             TapSource::Named { name, queues } => {
-                let tap = named(name, *queues)?;
-                if !Interface::find(name)?.is_up()? {
+                let mut tap = named(name, *queues)?;
+                let interface = Interface::find(name)?;
+                tap.mtu = u16::try_from(interface.mtu()?).ok().filter(|mtu| *mtu != USUAL_MTU);
+                if !interface.is_up()? {
                     tracing::warn!(
                         "net: {name} is down, and no frame passes; bring it up with \"sudo ip link set {name} up\""
                     );
@@ -153,7 +161,7 @@ fn named(name: &str, queues: u16) -> anyhow::Result<OpenTap> {
         bail!("{name} is in use by another program, without IFF_VNET_HDR; end that, or use another interface");
     }
     let reopen = Some(Way::Tap { name: name.to_owned(), flags });
-    Ok(OpenTap { queues: files, reopen, mac: None })
+    Ok(OpenTap { queues: files, reopen, mac: None, mtu: None })
 }
 
 fn macvtap(interface: &Interface, queues: u16) -> anyhow::Result<OpenTap> {
@@ -182,7 +190,7 @@ fn macvtap(interface: &Interface, queues: u16) -> anyhow::Result<OpenTap> {
     if flags_of(&queues[0])?.0 != *name {
         bail!("{} belongs to another interface than {name}, in another network namespace", path.display());
     }
-    Ok(OpenTap { queues, reopen: Some(Way::Macvtap(name.clone())), mac: interface.mac()? })
+    Ok(OpenTap { queues, reopen: Some(Way::Macvtap(name.clone())), mac: interface.mac()?, mtu: None })
 }
 
 fn create(name: Option<&str>, address: (Ipv4Addr, u8), queues: u16, mtu: Option<u16>) -> anyhow::Result<OpenTap> {
@@ -210,7 +218,7 @@ fn create(name: Option<&str>, address: (Ipv4Addr, u8), queues: u16, mtu: Option<
     tracing::info!("net: created {name} with the address {ip}/{bits}");
     // Should it be removed, one that somebody makes in its place does as well.
     let reopen = Some(Way::Tap { name, flags: FLAGS | several });
-    Ok(OpenTap { queues: files, reopen, mac: None })
+    Ok(OpenTap { queues: files, reopen, mac: None, mtu: None })
 }
 
 fn handed_in(fd: RawFd) -> anyhow::Result<OpenTap> {
@@ -240,7 +248,7 @@ fn handed_in(fd: RawFd) -> anyhow::Result<OpenTap> {
     let mac = interface.and_then(|interface| interface.mac().ok().flatten());
     // SAFETY: it was handed in for us to own, and the configuration names it once.
     let file = unsafe { File::from_raw_fd(fd) };
-    Ok(OpenTap { queues: vec![file], reopen: None, mac })
+    Ok(OpenTap { queues: vec![file], reopen: None, mac, mtu: None })
 }
 
 /// The name and the flags of the interface that `file` is a queue of.

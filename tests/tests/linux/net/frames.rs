@@ -26,8 +26,9 @@ fn come_back(queues: u32, vhost: bool) {
     let Some(initrd) = network::initrd(folder.path()) else { return };
     network.tap("tap0", queues);
     network.run(["ip", "link", "set", "tap0", "mtu", "65521"]);
-    let mut guest = Wired::new(&network, &initrd, queues).vhost(vhost).option("--stats=json").boot("tap=tap0");
-    guest.ask("ip link set eth0 mtu 65535 up");
+    let mut guest =
+        Wired::new(&network, &initrd, queues).vhost(vhost).mtu(65535).option("--stats=json").boot("tap=tap0");
+    guest.ask("ip link set eth0 up");
     guest.ask("peer echo eth0 >/tmp/echo & until grep -q serving /tmp/echo; do usleep 10000; done");
     let report = from_host(&network, &format!("frames tap0 {SIZES}"));
     assert!(report.starts_with("intact: frames of 1817 sizes"), "{report}");

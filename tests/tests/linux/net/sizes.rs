@@ -34,6 +34,9 @@ fn that_a_tap_takes() {
     network.tap("tap0", 1);
     network.run(["ip", "link", "set", "tap0", "mtu", "65521"]);
     let mut guest = Wired::new(&network, &initrd, 1).boot("tap=tap0");
+    if !Wired::is_qemu() {
+        assert_eq!(guest.ask("cat /sys/class/net/eth0/mtu"), "65521", "the TAP's");
+    }
     count(&mut guest);
     let report = super::from_host(&network, "sizes tap0 14-65539");
     assert!(report.starts_with("intact: frames of 65526 sizes"), "{report}");
