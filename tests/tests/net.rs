@@ -178,6 +178,46 @@ fn an_interface_of_others_stays_as_it_is() {
     assert_eq!((during, shown()), (before.clone(), before));
 }
 
+/// Made with other flags: who opens a TAP says whether headers are in front of its frames, and nothing else changes.
+#[test]
+fn an_interface_with_other_flags_stays_as_it_is() {
+    let Some(host) = Host::new() else { return };
+    for several in [&[][..], &["multi_queue"]] {
+        let made = ["ip", "tuntap", "add", "tap0", "mode", "tap", "user", "0", "group", "0"];
+        host.run(&[&made[..], several].concat());
+        host.run(&["ip", "link", "set", "tap0", "mtu", "1400"]);
+        let shown = || {
+            let text = host.network.run(["ip", "-json", "-details", "link", "show", "dev", "tap0"]);
+            let links: serde_json::Value = serde_json::from_str(&text).expect("JSON");
+            let (link, tun) = (&links[0], &links[0]["linkinfo"]["info_data"]);
+            let up = link["flags"].as_array().is_some_and(|flags| flags.iter().any(|flag| flag == "UP"));
+            let of_tun = ["type", "pi", "multi_queue", "persist", "user", "group"].map(|key| tun[key].clone());
+            (up, ["mtu", "address", "txqlen"].map(|key| link[key].clone()), of_tun)
+        };
+        let before = shown();
+        assert_eq!((before.0, &before.2[2]), (false, &serde_json::Value::Bool(!several.is_empty())));
+        let mut command = Command::new(assets::skiff());
+        arguments(&mut command, &host.kernel, &["tap=tap0,mtu=9000"]).args(["--cmdline", "test=pci end=reset"]);
+        let machine = host.network.start(&mut command);
+        let during = shown();
+        drop(machine);
+        assert_eq!((during, shown()), (before.clone(), before));
+        host.run(&["ip", "link", "delete", "tap0"]);
+    }
+}
+
+/// The kernel has so many queues for a TAP (MAX_TAP_QUEUES of linux/drivers/net/tun.c), whoever has them.
+#[test]
+fn an_interface_without_queues_left() {
+    let Some(host) = Host::new() else { return };
+    host.network.tap("tap0", 2);
+    let hold = |count: &str| host.network.start(Command::new(assets::peer()).args(["hold", "tap0", count]));
+    let _most = hold("254");
+    host.refuses(&["tap=tap0,queues=4"], &["--net tap=tap0", "no more than 2 queues left", "queues=2"]);
+    let _others = hold("2");
+    host.refuses(&["tap=tap0"], &["--net tap=tap0", "all queues", "in use"]);
+}
+
 #[test]
 fn an_interface_in_use() {
     let Some(host) = Host::new() else { return };

@@ -279,6 +279,9 @@ fn refusal(name: &str, error: &io::Error) -> String {
             "not yours, and using it takes CAP_NET_ADMIN; make it anew for yourself: \"sudo ip tuntap del {name} mode tap\", \
              \"sudo ip tuntap add {name} mode tap user $USER\" and \"sudo ip link set {name} up\""
         ),
+        Some(libc::E2BIG) => {
+            "all queues of it are in use; end a program that has some, or use another interface".to_owned()
+        }
         Some(libc::EBUSY) => "in use by another program; end that, or use another interface".to_owned(),
         Some(libc::EINVAL) => {
             "this is neither a TAP nor a macvtap; put a TAP on a bridge with it, or a macvtap on it: \

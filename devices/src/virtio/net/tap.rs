@@ -79,6 +79,16 @@ impl Tap {
     }
 }
 
+impl Drop for Tap {
+    /// The offloads are the interface's: who opens it next gets whole frames unless he asks for others.
+    fn drop(&mut self) {
+        if self.offloads.is_some() {
+            // It may be gone.
+            let _ = self.tell_offloads(Offloads::NONE);
+        }
+    }
+}
+
 impl Port for Tap {
     fn file(&self) -> BorrowedFd<'_> {
         self.file.as_fd()
@@ -176,4 +186,30 @@ fn poll(file: BorrowedFd<'_>) -> c_short {
 
 fn check(result: c_int) -> io::Result<()> {
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn offloads_as_the_kernel_numbers_them() {
+        // linux/if_tun.h: TUN_F_CSUM, TSO4, TSO6, TSO_ECN, UFO, USO4, USO6.
+        let table = [
+            (Offloads::NONE, 0),
+            (Offloads::CSUM, 0x01),
+            (Offloads::TSO4, 0x02),
+            (Offloads::TSO6, 0x04),
+            (Offloads::ECN, 0x08),
+            (Offloads::UFO, 0x10),
+            (Offloads::USO, 0x60),
+            (Offloads::ALL, 0x7f),
+            // The kernel refuses one without the other.
+            (Offloads::USO4, 0),
+            (Offloads::USO6, 0),
+        ];
+        for (offloads, number) in table {
+            assert_eq!(flags(offloads), number, "{offloads:?}");
+        }
+    }
 }

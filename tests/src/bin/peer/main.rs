@@ -46,6 +46,8 @@ enum Command {
     Odd { interface: String, count: u32 },
     /// Open a queue of a TAP with these flags of TUNSETIFF, and leave it to a program that takes the place of this one
     HandIn { interface: String, flags: String, number: i32, command: Vec<OsString> },
+    /// Open so many queues of a TAP, and keep them
+    Hold { interface: String, count: usize },
     /// Let the open macvtap of this number look full for ever, and leave it to a program that takes the place of this one
     Full { number: i32, command: Vec<OsString> },
 }
@@ -65,6 +67,7 @@ fn main() -> anyhow::Result<()> {
         Command::Names { address } => names::serve(&address),
         Command::Odd { interface, count } => packet::odd_headers(&interface, count),
         Command::HandIn { interface, flags, number, command } => tap::hand_in(&interface, &flags, number, &command),
+        Command::Hold { interface, count } => tap::hold(&interface, count),
         Command::Full { number, command } => tap::full(number, &command),
     }
 }

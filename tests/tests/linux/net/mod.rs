@@ -6,6 +6,7 @@ mod limits;
 mod macvtap;
 mod passt;
 mod sizes;
+mod taps;
 mod transfers;
 
 use std::fs;
