@@ -8,8 +8,17 @@ use super::{answer, dhcp_server, from_host, is_content, set_up_ipv6, tcp};
 
 const MIB: u32 = 1 << 20;
 
-/// Features of ethtool(8) that a driver can switch, and what they are without the backend's help.
-const OFFLOADS: [&str; 6] = ["tx", "tso", "gso", "gro", "sg", "rx-gro-hw"];
+/// Some of what ethtool(8) can switch of a virtio-net device on a TAP, since Linux 5.10 at least.
+const OFFLOADS: [&str; 8] = [
+    "tx-checksum-ip-generic",
+    "tx-scatter-gather",
+    "tx-tcp-segmentation",
+    "tx-tcp-ecn-segmentation",
+    "tx-tcp6-segmentation",
+    "tx-generic-segmentation",
+    "rx-gro",
+    "rx-gro-hw",
+];
 
 /// DHCP, and ping both ways over both protocols.
 fn meets(network: &Network, guest: &mut Machine, folder: &Path) {
@@ -53,15 +62,35 @@ fn carries_a_file(network: &Network, guest: &mut Machine, folder: &Path) {
     assert_eq!(guest.ask("sha256sum </tmp/file"), sum.trim());
 }
 
-/// Each offload off and on again, with a transfer after each. What the device does not offer cannot be switched.
+/// All that the guest's kernel can switch of the interface, one by one and back again, whatever it has; with transfers after each.
 fn switches_offloads(network: &Network, guest: &mut Machine) {
-    for feature in OFFLOADS {
-        for state in ["off", "on"] {
+    let shown = guest.ask("ethtool -k eth0");
+    let features: Vec<(&str, &str)> = shown.lines().filter_map(switchable).collect();
+    assert!(OFFLOADS.iter().all(|name| features.contains(&(*name, "on"))), "{shown}");
+    for (feature, before) in features {
+        for state in [if before == "on" { "off" } else { "on" }, before] {
             guest.ask(&format!("ethtool -K eth0 {feature} {state}"));
-            guest.ask(&format!("peer {}", tcp("192.0.2.1", 1, MIB / 2, MIB / 2)));
+            guest.ask(&format!("peer {}", tcp("192.0.2.1", 1, MIB / 4, MIB / 4)));
+            guest.ask(&format!("peer {}", tcp("[2001:db8::1]", 1, MIB / 4, MIB / 4)));
             from_host(network, "udp 192.0.2.2:7000 8 1000 20000");
         }
     }
+    assert_eq!(guest.ask("ethtool -k eth0"), shown, "all as it was");
+}
+
+/// The kernel's name of a feature that can be switched and whether it is on, from a line of `ethtool -k`: "name: on", with
+/// "[fixed]" behind it otherwise. What stands for several features, which follow, is none.
+fn switchable(line: &str) -> Option<(&str, &str)> {
+    let (name, state) = line.trim().split_once(": ")?;
+    let name = match name {
+        "rx-checksumming" => "rx-checksum",
+        "generic-segmentation-offload" => "tx-generic-segmentation",
+        "generic-receive-offload" => "rx-gro",
+        "large-receive-offload" => "rx-lro",
+        "tx-checksumming" | "scatter-gather" | "tcp-segmentation-offload" => return None,
+        name => name,
+    };
+    ["on", "off"].contains(&state).then_some((name, state))
 }
 
 /// Packets of the smallest, the usual and the largest size of each end.
@@ -72,6 +101,11 @@ fn changes_mtu(network: &Network, guest: &mut Machine) {
         network.run(["ip", "link", "set", "tap0", "mtu", most]);
         guest.ask(&format!("peer {}", tcp("192.0.2.1", 1, MIB / 2, MIB / 2)));
         from_host(network, "udp 192.0.2.2:7000 8 1000 60000");
+        if mtu == "65535" {
+            // The largest packets that there are, whole: from the host one of its MTU, from the guest one of 65535 bytes.
+            from_host(network, "udp 192.0.2.2:7000 2 65493 65493");
+            guest.ask("peer udp 192.0.2.1:7000 2 65507 65507");
+        }
     }
 }
 
