@@ -344,6 +344,9 @@ impl State {
 mod tests {
     use super::*;
 
+    use tempfile::TempDir;
+    use vm_memory::GuestMemoryMmap;
+
     use crate::engine::OpKind;
     use crate::engine::conformance::{self, Bed, await_completions, disk, memory, op};
     use crate::engine::faulty::{Call, Faulty};
@@ -352,8 +355,13 @@ mod tests {
         NonZeroUsize::new(threads).unwrap()
     }
 
-    fn event() -> EventFd {
-        EventFd::new(EFD_NONBLOCK).unwrap()
+    /// A pool of up to `threads`, each of which waits `idle` for more work, over an image that notes what it is asked for.
+    fn noting(threads: usize, idle: Duration) -> (TempDir, Arc<Faulty>, Arc<GuestMemoryMmap>, ThreadPool) {
+        let (dir, _path, disk) = disk(1 << 20);
+        let image = Faulty::new(disk, &[]);
+        let completed = EventFd::new(EFD_NONBLOCK).unwrap();
+        let pool = ThreadPool::start(image.clone(), limit(threads), "test-io", idle, completed).unwrap();
+        (dir, image, memory(4096), pool)
     }
 
     fn pool(threads: usize) -> impl Fn(Arc<Disk>) -> Box<dyn Engine> {
@@ -385,10 +393,7 @@ mod tests {
 
     #[test]
     fn takes_requests_in_the_order_they_came() {
-        let (_dir, _path, disk) = disk(1 << 20);
-        let memory = memory(4096);
-        let image = Faulty::new(disk, &[]);
-        let mut pool = ThreadPool::start(image.clone(), limit(1), "test-io", IDLE, event()).unwrap();
+        let (_dir, image, memory, mut pool) = noting(1, IDLE);
         for tag in 0..200 {
             pool.push(op(OpKind::Read, u64::from(tag) * 512, &[(0, 512)], &memory), tag);
             pool.submit();
@@ -400,10 +405,7 @@ mod tests {
 
     #[test]
     fn works_on_as_many_as_it_has_threads_and_then_lets_them_end() {
-        let (_dir, _path, disk) = disk(1 << 20);
-        let memory = memory(4096);
-        let image = Faulty::new(disk, &[]);
-        let mut pool = ThreadPool::start(image.clone(), limit(5), "test-io", Duration::ZERO, event()).unwrap();
+        let (_dir, image, memory, mut pool) = noting(5, Duration::ZERO);
         image.hold(true);
         for tag in 0..20 {
             pool.push(op(OpKind::Read, 0, &[(0, 512)], &memory), tag);
@@ -426,10 +428,7 @@ mod tests {
 
     /// Reads of a disk that is held, as many as `jobs`: how many a pool of up to `threads` works on.
     fn begun(threads: usize, jobs: u16, slow: bool) -> usize {
-        let (_dir, _path, disk) = disk(1 << 20);
-        let memory = memory(4096);
-        let image = Faulty::new(disk, &[]);
-        let mut pool = ThreadPool::start(image.clone(), limit(threads), "test-io", IDLE, event()).unwrap();
+        let (_dir, image, memory, mut pool) = noting(threads, IDLE);
         pool.shared.lock().slow = slow;
         image.hold(true);
         for tag in 0..jobs {
@@ -465,10 +464,7 @@ mod tests {
     /// The host is slow while the last job took long.
     #[test]
     fn a_slow_host_is_noticed() {
-        let (_dir, _path, disk) = disk(4096);
-        let memory = memory(4096);
-        let image = Faulty::new(disk, &[]);
-        let mut pool = ThreadPool::start(image.clone(), limit(1), "test-io", IDLE, event()).unwrap();
+        let (_dir, image, memory, mut pool) = noting(1, IDLE);
         image.hold(true);
         pool.push(op(OpKind::Read, 0, &[(0, 512)], &memory), 0);
         pool.submit();
@@ -511,10 +507,7 @@ mod tests {
     /// A disk that hangs: what its threads have begun is all that an abandoned pool waits for.
     #[test]
     fn what_no_thread_has_begun_can_be_abandoned() {
-        let (_dir, _path, disk) = disk(4096);
-        let memory = memory(4096);
-        let image = Faulty::new(disk, &[]);
-        let mut pool = ThreadPool::start(image.clone(), limit(2), "test-io", IDLE, event()).unwrap();
+        let (_dir, image, memory, mut pool) = noting(2, IDLE);
         image.hold(true);
         for tag in 0..10 {
             pool.push(op(OpKind::Read, 0, &[(0, 512)], &memory), tag);
@@ -548,10 +541,7 @@ mod tests {
 
     #[test]
     fn dropping_waits_for_what_is_in_flight() {
-        let (_dir, _path, disk) = disk(4096);
-        let memory = memory(4096);
-        let image = Faulty::new(disk, &[]);
-        let mut pool = ThreadPool::start(image.clone(), limit(2), "test-io", IDLE, event()).unwrap();
+        let (_dir, image, memory, mut pool) = noting(2, IDLE);
         image.hold(true);
         for tag in 0..10 {
             pool.push(op(OpKind::Flush, 0, &[], &memory), tag);
