@@ -141,7 +141,7 @@ mod tests {
     fn a_durable_change_is_told_of_what_others_were_told_of() {
         let (disk, _backing) = match half_broken() {
             Ok(found) => found,
-            Err(reason) => return println!("SKIPPED block::witness: no loop device here: {reason}"),
+            Err(reason) => return skip::because(format_args!("no loop device here: {reason}")),
         };
         let change = |block: u64| {
             disk.file().write_all_at(&[1; BLOCK as usize], block * BLOCK)?;

@@ -211,7 +211,7 @@ mod tests {
     #[test]
     fn what_the_kernel_has_not_begun_is_cancelled() {
         if !cancels_all() {
-            return println!("SKIPPED block::what_the_kernel_has_not_begun_is_cancelled: Linux before 5.19 cannot");
+            return skip::because("Linux before 5.19 cannot");
         }
         let (reader, writer) = io::pipe().unwrap();
         let event = EventFd::new(EFD_NONBLOCK).unwrap();

@@ -51,4 +51,14 @@ mod tests {
             assert_eq!(seen, format!("SKIPPED skip::{NAME}: no loop device\n"), "{threads} threads");
         }
     }
+
+    /// A line that a test prints itself is lost, if it passes.
+    #[test]
+    fn nobody_else_says_so() {
+        let sources = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
+        let mut grep = Command::new("grep");
+        grep.args(["-rl", "--include=*.rs", "--exclude-dir=target", "\"SKIPPED ", "."]).current_dir(sources);
+        let found = String::from_utf8(grep.output().unwrap().stdout).unwrap();
+        assert_eq!(found, "./tests/skip/src/lib.rs\n");
+    }
 }
