@@ -66,6 +66,13 @@ impl Default for Bed {
     }
 }
 
+/// An image past the page cache.
+pub(super) const DIRECT: Bed =
+    Bed { kind: Kind::Written, cache: CacheMode::None, alignment: None, snapshot: false, cases: 6 };
+
+/// 4096-byte blocks, as of a disk with such sectors.
+pub(super) const COARSE: Alignment = Alignment { memory: 512, block: 4096 };
+
 /// What a byte of a written image is.
 fn written(n: usize) -> u8 {
     (n % 241) as u8 + 7

@@ -135,6 +135,12 @@ pub trait Engine: Send {
 #[cfg(test)]
 pub(crate) mod conformance;
 #[cfg(test)]
+mod failures;
+#[cfg(test)]
+mod faults;
+#[cfg(test)]
 mod faulty;
 #[cfg(test)]
 mod matrix;
+#[cfg(test)]
+mod scripted;
