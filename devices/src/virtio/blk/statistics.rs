@@ -228,13 +228,16 @@ struct Stamp {
 }
 
 /// One worker's hand in the statistics of its queue. Allocates at the start only. With latencies it reads the clock up to
-/// three times a round, not for each request; without, only at the start.
+/// three times a round, and when the engine hands over early, not for each request; without, only at the start.
 pub(super) struct Recorder {
     queue: Arc<Queue>,
     /// By descriptor head.
     stamps: Vec<Stamp>,
     /// The heads given to the engine since the last submission.
     batch: Vec<u16>,
+    /// How many of these it has handed over already, and how often it had called the kernel then.
+    early: usize,
+    entered: u64,
     /// Latencies that are not in the histograms yet.
     samples: Vec<[Duration; Stage::ALL.len()]>,
     /// The time, as far as this part of the round is concerned.
@@ -253,6 +256,8 @@ impl Recorder {
             queue,
             stamps: vec![Stamp { kind: Kind::Refused, bytes: 0, taken: started, handed: started }; size],
             batch: Vec::with_capacity(size),
+            early: 0,
+            entered: 0,
             samples: Vec::with_capacity(2 * size),
             now: None,
             started,
@@ -267,9 +272,26 @@ impl Recorder {
         self.stamps[usize::from(head)] = Stamp { kind, bytes, taken: now, handed: now };
     }
 
-    /// The engine has it now: it counts for the batch of the next submission.
-    pub(super) fn handed(&mut self, head: u16) {
+    /// `engine` has it now: it counts for the batch of the next submission.
+    pub(super) fn handed(&mut self, head: u16, engine: &dyn Engine) {
+        let first = self.batch.is_empty();
         self.batch.push(head);
+        if self.queue.latencies.is_some() {
+            let entered = engine.submissions();
+            let early = mem::replace(&mut self.entered, entered) != entered;
+            if early && !first {
+                self.stamp();
+            }
+        }
+    }
+
+    /// What was handed since the last time goes to the host now.
+    fn stamp(&mut self) {
+        let now = Instant::now();
+        for head in &self.batch[self.early..] {
+            self.stamps[usize::from(*head)].handed = now;
+        }
+        self.early = self.batch.len();
     }
 
     /// What was handed is about to be submitted to `engine`, which has done what was submitted before.
@@ -278,13 +300,11 @@ impl Recorder {
         self.queue.merged.add(merged - mem::replace(&mut self.merged, merged));
         self.queue.submissions.add(submissions - mem::replace(&mut self.submissions, submissions));
         self.queue.batches.record(self.batch.len());
-        if self.queue.latencies.is_some() && !self.batch.is_empty() {
-            let now = Instant::now();
-            for head in &self.batch {
-                self.stamps[usize::from(*head)].handed = now;
-            }
+        if self.queue.latencies.is_some() && self.early < self.batch.len() {
+            self.stamp();
         }
         self.batch.clear();
+        self.early = 0;
         self.now = None;
     }
 

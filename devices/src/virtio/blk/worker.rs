@@ -224,7 +224,7 @@ impl QueueWorker {
 
     fn start(&mut self, op: Op, head: u16) {
         self.engine.push(op, head);
-        self.record.handed(head);
+        self.record.handed(head, &*self.engine);
     }
 
     /// Shows the driver what was answered since the last time, with one interrupt if it wants one.

@@ -1,7 +1,12 @@
 //! What is counted, against what the driver did.
 
+use std::time::Duration;
+
+use block::engine::{Completion, Engine, Op};
+
 use super::*;
-use crate::virtio::blk::statistics::{Kind, Snapshot, Statistics};
+use crate::statistics::Durations;
+use crate::virtio::blk::statistics::{Kind, Recorder, Snapshot, Statistics};
 
 fn counted(latencies: bool) -> (Image, Blk, Arc<Statistics>) {
     let (image, statistics) = (Image::new(), Arc::new(Statistics::new(latencies)));
@@ -75,6 +80,57 @@ fn what_waits_together_is_one_batch() {
     let [queue, engine, total] = all.latencies.unwrap();
     assert_eq!([queue.count(), engine.count(), total.count()], [20; 3]);
     assert!(total.max() >= engine.max() && total.max() >= queue.max() && engine.max() > 0);
+}
+
+/// Calls the kernel with every second op.
+struct Pairs(u64);
+
+impl Engine for Pairs {
+    fn push(&mut self, _op: Op, _tag: u16) {
+        unreachable!("nothing is given to it");
+    }
+    fn submit(&mut self) {}
+    fn reap(&mut self, _completions: &mut Vec<Completion>) {}
+    fn has_completed(&mut self) -> bool {
+        false
+    }
+    fn completion_event(&self) -> &EventFd {
+        unreachable!("nobody waits for it")
+    }
+    fn drain(&mut self, _completions: &mut Vec<Completion>) {}
+    fn submissions(&self) -> u64 {
+        self.0 / 2
+    }
+}
+
+/// What an engine hands over before it is told to is in the host from then on. Of the time that passes before the last is
+/// handed over, none is the queue's for those, and all of it is for the last.
+#[test]
+fn what_is_handed_over_early_waits_in_the_host() {
+    const PASSES: Duration = Duration::from_millis(20);
+    let statistics = Statistics::new(true);
+    let (mut record, mut engine) = (Recorder::new(statistics.queue(0), 8), Pairs(0));
+    for _round in 0..2 {
+        for head in 0..5 {
+            record.taken(head, Kind::Read, 512);
+            engine.0 += 1;
+            record.handed(head, &engine);
+        }
+        std::thread::sleep(PASSES);
+        engine.0 += 1;
+        record.submitting(&engine);
+        for head in 0..5 {
+            record.completed(head, true);
+        }
+        record.reaped();
+    }
+    drop(record);
+    let [queue, host, _total] = only(&statistics).latencies.unwrap();
+    let least = PASSES.as_nanos() as u64;
+    // To two digits: a little less may be told.
+    let long = |stage: &Durations, part| stage.quantile(part) >= least * 9 / 10;
+    assert!(long(&queue, 1.0), "the fifth of each round waited in the queue");
+    assert!(long(&host, 0.25), "four of five waited in the host");
 }
 
 /// Snapshots are taken all the time while the queue works: none blocks it, and nothing is lost.
