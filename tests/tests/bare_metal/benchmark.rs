@@ -2,7 +2,7 @@
 
 use std::fs;
 
-use super::{Bench, DISK_BYTES, FAILED, PASSED, patterned};
+use super::{Bench, DISK_BYTES, FAILED, MIB, PASSED, patterned};
 
 /// The benchmark with verification: each block it read was right, and each it wrote is on the disk.
 #[test]
@@ -40,6 +40,24 @@ fn bench_verifies() {
                 }
             }
         }
+    }
+}
+
+/// A file that was resized between two starts has its new size: the guest writes in sequence to what it takes for the end,
+/// and then from the start again.
+#[test]
+fn a_resized_file_is_a_resized_disk() {
+    let Some(bench) = Bench::new() else { return };
+    let disk = bench.disk("disk.img");
+    for (round, mib) in (2..).zip([4, 8, 2]) {
+        let file = fs::File::options().write(true).open(&disk.0).expect("the scratch disk is opened");
+        file.set_len(mib * MIB as u64).expect("the scratch disk is resized");
+        // At least to the end of the largest of them; to that of the smallest twice.
+        let count = if mib == 8 { 128 } else { 64 };
+        let words = format!("bench rw=write bs=65536 count={count} depth=8 poll=off verify=on seed={}", round - 1);
+        let report = bench.run(&words, &["--disk", &disk.option()]);
+        assert_eq!(report.code, Some(PASSED), "{mib} MiB");
+        assert!(disk.content() == patterned(round, 0, mib as usize * MIB), "{mib} MiB: not what was written");
     }
 }
 
