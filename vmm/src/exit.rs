@@ -95,10 +95,16 @@ impl ExitLine {
         Ok(Self { reason: Mutex::default(), raised: AtomicBool::new(false), forced: Arc::default(), event })
     }
 
-    /// Announces the end. Returns at once; ignored if another reason was announced before.
+    /// Announces the end. Returns at once. If another reason was announced before, that counts; but who wants the end at once is
+    /// heard all the same, and no machine is started again for a guest that was to end from the console.
     pub fn raise(&self, reason: ExitReason) {
-        let first = *self.lock().get_or_insert(reason);
-        if matches!(first, ExitReason::Forced | ExitReason::Quit) {
+        let mut first = self.lock();
+        if reason == ExitReason::Quit && *first == Some(ExitReason::Reset) {
+            *first = Some(reason);
+        }
+        first.get_or_insert(reason);
+        drop(first);
+        if matches!(reason, ExitReason::Forced | ExitReason::Quit) {
             self.forced.store(true, Ordering::Release);
         }
         self.raised.store(true, Ordering::Release);
@@ -152,6 +158,26 @@ mod tests {
         for (reason, code) in all {
             assert_eq!(reason.code().to_string(), code, "{reason}");
             assert!(CODES.iter().any(|row| row.0 == code), "{reason} is not in the table");
+        }
+    }
+
+    #[test]
+    fn the_first_reason_counts_and_haste_is_heard() {
+        use ExitReason::{Forced, Poweroff, Quit, Reset};
+        for (reasons, told, forced) in [
+            ([Poweroff, Reset], Poweroff, false),
+            ([Poweroff, Forced], Poweroff, true),
+            ([Reset, Forced], Reset, true),
+            ([Forced, Poweroff], Forced, true),
+            ([Poweroff, Quit], Poweroff, true),
+            ([Reset, Quit], Quit, true),
+            ([Quit, Reset], Quit, true),
+        ] {
+            let line = ExitLine::new().unwrap();
+            for reason in reasons {
+                line.raise(reason);
+            }
+            assert_eq!((line.take(), line.forced().load(Ordering::Acquire)), (Some(told), forced), "{reasons:?}");
         }
     }
 
