@@ -47,12 +47,12 @@ fn name(path: &str, value: &dyn Aml) -> Name {
     Name::new(Path::new(path), value)
 }
 
-/// The processor of the MADT's structure with this `uid`, and the only way it can be idle: C1, entered by HLT (ACPI 6.5,
-/// sections 8.4.1.1 and 8.3).
+/// The processor of the MADT's structure with this `uid`, and the only way it can be idle: C1, entered by HLT (ACPI
+/// 6.5, sections 8.4.1.1 and 8.3).
 ///
 /// A guest could halt without being told. But Linux asks its idle governor, who knows when a CPU will be woken, only
-/// where there are states to choose from; without them it keeps its tick until that has come once more, after everything
-/// a CPU did.
+/// where there are states to choose from; without them it keeps its tick until that has come once more, after
+/// everything a CPU did.
 fn processor(uid: u32, aml: &mut Vec<u8>) {
     const C1: u8 = 1;
     const WAKING_US: u8 = 1;
