@@ -209,6 +209,11 @@ impl Running {
         self.set_tap(tap.as_raw_fd())
     }
 
+    /// To be called now and then while frames pass.
+    pub(super) fn watch(&mut self) {
+        self.queues.iter_mut().for_each(|queue| queue.rings.watch());
+    }
+
     /// Stops them; none is under way afterwards. What was said of broken rings is forgotten: a ring that is broken still is when
     /// frames pass again. Buffers of frames that were taken and not sent are given back to the driver. Returns how many could not
     /// be found any more: their driver has lost them.
@@ -216,14 +221,14 @@ impl Running {
         self.set_tap(NOTHING)?;
         // Nothing there if nothing was said.
         let _ = self.broken.read();
-        let mut lost = 0;
+        let mut lost = 0_u16;
         for queue in &mut self.queues {
             let mut base = Number { queue: queue.side, value: 0 };
             // SAFETY: the kernel reads the number of a queue, and fills in the index of what it takes next.
             check(unsafe { ioctl_with_mut_ref(&self.vhost.device, GET_VRING_BASE, &mut base) })?;
-            let (given, unknown) = queue.rings.use_forgotten(base.value.cast_unsigned() as u16);
-            lost += unknown;
-            if given > 0 {
+            let forgotten = queue.rings.use_forgotten(base.value.cast_unsigned() as u16);
+            lost = lost.saturating_add(forgotten.unknown);
+            if forgotten.used > 0 {
                 // Full only if it is readable already.
                 let _ = queue.call.write(1);
             }

@@ -1,5 +1,5 @@
-//! What changes under a running transfer: the link goes down and up at either end, the driver leaves and comes back, the
-//! host's interface is removed.
+//! What changes under a running transfer, whoever moves its frames: the link goes down and up at either end, the driver leaves
+//! and comes back, the host's interface is removed.
 
 use std::process::Command;
 use std::thread;
@@ -11,16 +11,31 @@ use super::{from_host, is_content, set_up, tcp};
 
 const MIB: u32 = 1 << 20;
 
-/// How often the driver leaves.
+/// How often the driver leaves skiff, and the kernel, where what is ours in it is less.
 const ROUNDS: usize = 100;
+const ROUNDS_OF_VHOST: usize = 20;
 
-/// Starts a transfer in the guest that goes on meanwhile. Its connections are there, which a link that is down would refuse.
+/// More keys of `--net`, and the bytes of a transfer that lasts then however fast the host is: by limits, which the kernel does not
+/// know, or by its size.
+fn lasting(vhost: bool) -> (&'static str, u32) {
+    if vhost { ("", 8 * MIB) } else { (",rx-bps=2M,tx-bps=2M", 4 * MIB) }
+}
+
+/// Starts a transfer in the guest that goes on meanwhile, of so many bytes on each of two connections and both ways, and waits
+/// until it is under way: its connections, which a link that is down would refuse, are there by then.
 fn begin(guest: &mut Machine, bytes: u32) {
     let transfer = tcp("192.0.2.1", 2, bytes, bytes);
     let started = "until [ -s /tmp/transfer ]; do usleep 10000; done";
     guest.ask(&format!(
         "rm -f /tmp/code /tmp/transfer; (peer {transfer}; echo $? >/tmp/code) >/tmp/transfer 2>&1 & {started}"
     ));
+    let sent = "cat /sys/class/net/eth0/statistics/tx_packets";
+    guest.ask(&format!("first=$({sent}); until [ $({sent}) -gt $((first + 100)) ]; do usleep 1000; done"));
+}
+
+/// That it has not ended yet.
+fn is_under_way(guest: &mut Machine) {
+    assert_eq!(guest.run("[ -s /tmp/code ]").code, 1, "the transfer has ended");
 }
 
 /// That it ends well.
@@ -29,18 +44,20 @@ fn finish(guest: &mut Machine) {
     assert!(code.starts_with("connected\nintact") && code.ends_with("\n0"), "{code}");
 }
 
-#[test]
-fn the_link_goes_down_and_up_during_a_transfer() {
+/// The link goes down and up during a transfer.
+fn flaps(vhost: bool) {
     let folder = tempfile::tempdir().unwrap();
     let Some(network) = Network::new() else { return };
     let Some(initrd) = network::initrd(folder.path()) else { return };
     network.tap("tap0", 2);
-    let mut guest = Wired::new(&network, &initrd, 2).boot("tap=tap0");
+    let (keys, bytes) = lasting(vhost);
+    let mut guest = Wired::new(&network, &initrd, 2).vhost(vhost).keys(keys).boot("tap=tap0");
     set_up(&mut guest);
     let _peer = network.serve(super::PORT);
     for end in ["host", "guest"] {
-        begin(&mut guest, 2 * MIB);
+        begin(&mut guest, bytes);
         for _ in 0..3 {
+            is_under_way(&mut guest);
             if end == "host" {
                 network.run(["ip", "link", "set", "tap0", "down"]);
                 thread::sleep(Duration::from_millis(20));
@@ -57,24 +74,26 @@ fn the_link_goes_down_and_up_during_a_transfer() {
     assert_eq!(guest.power_off().code, Some(0));
 }
 
-/// Frames fly both ways each time.
-#[test]
-fn the_driver_leaves_under_load_and_comes_back() {
+/// The driver leaves under load and comes back; frames fly both ways each time.
+fn rebinds(vhost: bool) {
     let folder = tempfile::tempdir().unwrap();
     let Some(network) = Network::new() else { return };
     let Some(initrd) = network::initrd(folder.path()) else { return };
     network.tap("tap0", 2);
-    let mut guest = Wired::new(&network, &initrd, 2).boot("tap=tap0");
+    let mut guest = Wired::new(&network, &initrd, 2).vhost(vhost).boot("tap=tap0");
     let device = guest.ask("basename $(readlink -f /sys/class/net/eth0/device)");
     let flood = network.start(Command::new(assets::peer()).args(["flood", "tap0"]));
     let (driver, statistics) = ("/sys/bus/virtio/drivers/virtio_net", "/sys/class/net/eth0/statistics");
-    let moving = format!("[ $(cat {statistics}/rx_packets) -gt 5 ] && [ $(cat {statistics}/tx_packets) -gt 5 ]");
+    // A process more would take as long as the rest.
+    let moving =
+        format!("read r <{statistics}/rx_packets; read t <{statistics}/tx_packets; [ $r -gt 5 ] && [ $t -gt 5 ]");
     let round = format!(
         "ip link set eth0 up; peer flood eth0 >/dev/null 2>&1 & until {moving}; do :; done; \
          echo {device} >{driver}/unbind; wait; echo {device} >{driver}/bind"
     );
     // A few at a time, for each answer is waited for only so long.
-    for _ in 0..ROUNDS / 10 {
+    let rounds = if vhost { ROUNDS_OF_VHOST } else { ROUNDS };
+    for _ in 0..rounds / 10 {
         assert_eq!(
             guest.ask(&format!("n=0; while [ $n -lt 10 ]; do {round} || break; n=$((n+1)); done; echo $n")),
             "10"
@@ -87,19 +106,17 @@ fn the_driver_leaves_under_load_and_comes_back() {
     assert_eq!(guest.power_off().code, Some(0));
 }
 
-/// While frames fly and while none does. The guest does nothing about it.
-#[test]
-fn the_hosts_interface_goes_and_comes_back() {
+/// The host's interface goes and comes back, while frames fly and while none does. The guest does nothing about it.
+fn is_lost(queues: u32, vhost: bool) {
     let folder = tempfile::tempdir().unwrap();
     let Some(network) = Network::new() else { return };
     let Some(initrd) = network::initrd(folder.path()) else { return };
-    network.tap("tap0", 1);
-    // However fast the host is, a transfer lasts.
-    let mut guest = Wired::new(&network, &initrd, 1).keys(",rx-bps=2M,tx-bps=2M").boot("tap=tap0");
+    network.tap("tap0", queues);
+    let (keys, bytes) = lasting(vhost);
+    let mut guest = Wired::new(&network, &initrd, queues).vhost(vhost).keys(keys).boot("tap=tap0");
     set_up(&mut guest);
     let _peer = network.serve(super::PORT);
     let carrier = |state: u8| format!("until [ $(cat /sys/class/net/eth0/carrier) = {state} ]; do usleep 10000; done");
-    let sent = "cat /sys/class/net/eth0/statistics/tx_packets";
     let rounds = [true, false];
     let downs = |guest: &mut Machine| -> usize {
         guest.ask("cat /sys/class/net/eth0/carrier_down_count").parse().expect("a number")
@@ -107,13 +124,14 @@ fn the_hosts_interface_goes_and_comes_back() {
     let before = downs(&mut guest);
     for is_busy in rounds {
         if is_busy {
-            begin(&mut guest, 2 * MIB);
-            guest.ask(&format!("first=$({sent}); until [ $({sent}) -gt $((first + 100)) ]; do usleep 1000; done"));
+            begin(&mut guest, bytes);
         }
         network.run(["ip", "link", "delete", "tap0"]);
         guest.ask(&carrier(0));
-        assert!(!is_busy || guest.run("[ -s /tmp/code ]").code == 1, "the transfer had ended before");
-        network.tap("tap0", 1);
+        if is_busy {
+            is_under_way(&mut guest);
+        }
+        network.tap("tap0", queues);
         guest.ask(&carrier(1));
         if is_busy {
             // The same connections: what was under way is sent again.
@@ -130,5 +148,41 @@ fn the_hosts_interface_goes_and_comes_back() {
         // A guest or host that never rests is not allowed to fill a log: later ones may be left out.
         let times = ended.messages.matches(words).count();
         assert!((1..=rounds.len()).contains(&times), "{}", ended.messages);
+    }
+}
+
+#[test]
+fn the_link_goes_down_and_up_during_a_transfer() {
+    flaps(false);
+}
+
+#[test]
+fn the_link_goes_down_and_up_during_a_transfer_by_vhost() {
+    if assets::has_vhost() {
+        flaps(true);
+    }
+}
+
+#[test]
+fn the_driver_leaves_under_load_and_comes_back() {
+    rebinds(false);
+}
+
+#[test]
+fn the_driver_leaves_vhost_under_load_and_comes_back() {
+    if assets::has_vhost() {
+        rebinds(true);
+    }
+}
+
+#[test]
+fn the_hosts_interface_goes_and_comes_back() {
+    is_lost(1, false);
+}
+
+#[test]
+fn the_hosts_interface_leaves_vhost_and_comes_back() {
+    if assets::has_vhost() {
+        is_lost(2, true);
     }
 }

@@ -78,6 +78,8 @@ impl PairWorker {
             self.lose("it is gone or down");
         } else if stuck {
             return Err(Broken::Kernel);
+        } else if let Some(kernel) = &mut self.kernel {
+            kernel.watch();
         }
         Ok(())
     }
