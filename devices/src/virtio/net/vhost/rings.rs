@@ -89,23 +89,25 @@ impl Rings {
         let available: Vec<_> = (0..self.size).map(load).collect();
         // What the driver writes over meanwhile its index tells afterwards, but for the entry that it may be writing.
         fence(Ordering::Acquire);
-        let waiting = self.available.load(INDEX, Ordering::Relaxed).wrapping_sub(now.taken);
-        let available = |number: u16| available[usize::from(number % self.size)];
+        let waiting = self.available.load(INDEX, Ordering::Acquire).wrapping_sub(now.taken);
         let left = self.size.checked_sub(waiting)?;
+        let waiting: Vec<_> = (0..waiting).map(|number| load(now.taken.wrapping_add(number))).collect();
         if missing == left {
             // The driver has none itself.
-            let waiting: Vec<_> = (0..waiting).map(|number| available(now.taken.wrapping_add(number))).collect();
             return difference(&(0..self.size).collect::<Vec<_>>(), &waiting, self.size);
         }
         let left = left.checked_sub(1)?;
         let is_cut = self.is_far || since > left;
         let last = if is_cut { left } else { since };
 
-        let taken: Vec<_> = (1..=last).rev().map(|back| available(now.taken.wrapping_sub(back))).collect();
+        let place = |back| usize::from(now.taken.wrapping_sub(back) % self.size);
+        let taken: Vec<_> = (1..=last).rev().map(|back| available[place(back)]).collect();
         let used = |back| self.used.load(self.place(now.used.wrapping_sub(back), USED), Ordering::Relaxed);
         let used: Vec<_> = (1..=last.checked_sub(missing)?).rev().map(used).collect();
         let found = difference(&taken, &used, self.size)?;
-        (!is_cut || is_all(&found, &taken, &used, self.size)).then_some(found)
+        // Nobody has a chain that waits to be taken.
+        let is_possible = found.iter().all(|head| !waiting.contains(head));
+        (is_possible && (!is_cut || is_all(&found, &taken, &used, self.size))).then_some(found)
     }
 
     /// Where entry `number` of a ring of entries of `bytes` is.
@@ -129,7 +131,8 @@ fn difference(taken: &[u16], used: &[u16], size: u16) -> Option<Vec<u16>> {
 
 /// Whether nothing was forgotten before `taken` begins, if the kernel uses chains in the order in which it takes them, which it does
 /// with those that it copies (drivers/vhost/net.c): without what was `found`, which is not taken again, that is what was `used`.
-/// Had something been forgotten earlier, all would be shifted, and the first one found. All are below `size`.
+/// Had something been forgotten earlier, all would be shifted, and the first one found. (Only of one chain that was taken again
+/// and again, with no other between, that is not known: then it is the last time that counts.) All are below `size`.
 fn is_all(found: &[u16], taken: &[u16], used: &[u16], size: u16) -> bool {
     let mut is_found = vec![false; usize::from(size)];
     for head in found {

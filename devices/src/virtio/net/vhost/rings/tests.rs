@@ -193,6 +193,23 @@ fn what_the_driver_wrote_over_is_not_guessed() {
     assert_eq!(queue.use_forgotten(), (Forgotten { used: 1, unknown: 0 }, expected));
 }
 
+/// The chain that goes round is the driver's again, so it is not the one that was forgotten long before.
+#[test]
+fn what_waits_to_be_taken_was_not_forgotten() {
+    let mut queue = Queue::new(0, Next::Last);
+    queue.add(0);
+    queue.take();
+    queue.forget_batch();
+    for _ in 0..20 {
+        queue.add(0);
+        queue.take();
+        queue.use_batch();
+        queue.reap();
+    }
+    queue.add(0);
+    assert_eq!(queue.use_forgotten(), (Forgotten { used: 0, unknown: 1 }, vec![]));
+}
+
 #[test]
 fn an_order_that_the_kernel_chose_does_not_matter() {
     let mut queue = Queue::new(0, Next::First);
@@ -256,7 +273,7 @@ fn indices_and_heads_that_cannot_be_change_nothing() {
 
 proptest! {
     /// Whenever the interface goes, again and again, whatever was forgotten comes back once and nothing else does, if the driver has
-    /// not written over it.
+    /// not written over it; and never what the driver has made available.
     #[test]
     fn every_chain_comes_back(
         losses in prop::collection::vec((
@@ -278,6 +295,7 @@ proptest! {
             let shows_all = queue.shows_all();
             let (forgotten, back) = queue.use_forgotten();
             prop_assert_eq!(usize::from(forgotten.used), back.len());
+            prop_assert!(!back.iter().any(|head| queue.waiting.contains(head)));
             prop_assert_eq!(usize::from(forgotten.used + forgotten.unknown), queue.forgotten.len());
             if shows_all {
                 queue.forgotten.sort_unstable();
