@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Every test there is: installs what they need (Debian and Ubuntu), then formatting, lints, unit and documentation
 # tests, the bare-metal guest, and the Linux guests and scenarios, which run in the lab where this host has no hardware
-# KVM. The last line is "N passed, N failed, N skipped", and how many passed at their second try in the lab, if any did; the exit
-# code is 0 if nothing failed.
+# KVM. The last line is "N passed, N failed, N skipped", and how many passed at their second try in the lab, if any did;
+# the exit code is 0 if nothing failed.
 # Usage: tests/run.sh
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

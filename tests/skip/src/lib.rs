@@ -23,10 +23,22 @@ pub fn because(reason: impl Display) {
 
 #[cfg(test)]
 mod tests {
-    use std::path::Path;
+    use std::path::{Path, PathBuf};
     use std::process::Command;
 
     use super::*;
+
+    fn log(name: &str) -> PathBuf {
+        env::temp_dir().join(format!("skip-{}-{name}.log", std::process::id()))
+    }
+
+    /// What `tests/run.sh` finds in this log, which is removed.
+    fn found(log: &Path) -> String {
+        let lines = Path::new(env!("CARGO_MANIFEST_DIR")).join("lines");
+        let found = Command::new(lines).arg(log).output().unwrap();
+        std::fs::remove_file(log).unwrap();
+        String::from_utf8(found.stdout).unwrap()
+    }
 
     /// This test once more, as one that finds nothing to run on: alone, when the harness begins its line before the test
     /// runs, and as one of several.
@@ -38,18 +50,27 @@ mod tests {
             because("no loop device\n");
             return because("said twice");
         }
-        let lines = Path::new(env!("CARGO_MANIFEST_DIR")).join("lines");
         for threads in ["1", "2"] {
-            let log = env::temp_dir().join(format!("skip-{}-{threads}.log", std::process::id()));
+            let log = log(threads);
             let mut again = Command::new("sh");
             again.args(["-c", "exec >\"$0\" 2>&1 \"$@\""]).arg(&log).arg(env::current_exe().unwrap());
             again.args(["--exact", NAME, "--test-threads", threads]).env(AGAIN, "1");
             assert!(again.status().unwrap().success());
-            let seen = Command::new(&lines).arg(&log).output().unwrap();
-            std::fs::remove_file(log).unwrap();
-            let seen = String::from_utf8(seen.stdout).unwrap();
-            assert_eq!(seen, format!("SKIPPED skip::{NAME}: no loop device\n"), "{threads} threads");
+            assert_eq!(found(&log), format!("SKIPPED skip::{NAME}: no loop device\n"), "{threads} threads");
         }
+    }
+
+    /// The harness writes the name of a test, its result and the newline apart, on another stream.
+    #[test]
+    fn wherever_it_stands_in_the_harness_line_it_is_seen() {
+        let log = log("lines");
+        let begun = "test a::b ... SKIPPED x::a::b: one\nok\ntest a::c ... okSKIPPED x::a::d: two\n\n";
+        let others =
+            "SKIPPED x::a::e: three\ntest a::e ... ok\nSKIPPED 12 tests of linux: four\nnothing SKIPPED x::y: z\n";
+        std::fs::write(&log, format!("{begun}{others}")).unwrap();
+        let expected = "SKIPPED x::a::b: one\nSKIPPED x::a::d: two\nSKIPPED x::a::e: three\n\
+                        SKIPPED 12 tests of linux: four\n";
+        assert_eq!(found(&log), expected);
     }
 
     /// A line that a test prints itself is lost, if it passes.
