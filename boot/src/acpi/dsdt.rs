@@ -1,4 +1,4 @@
-//! The definition block of the machine's devices (ACPI 6.5, chapters 5, 6 and 9). Written once by the main thread.
+//! The definition block of the machine's devices (ACPI 6.5, chapters 5, 6, 8 and 9). Written once by the main thread.
 
 use acpi_tables::Aml;
 use acpi_tables::aml::{
@@ -48,7 +48,7 @@ fn name(path: &str, value: &dyn Aml) -> Name {
 }
 
 /// The processor of the MADT's structure with this `uid`, and the only way it can be idle: C1, entered by HLT (ACPI
-/// 6.5, sections 8.4.1.1 and 8.3).
+/// 6.5, sections 8.4.1.1 and 8.1.2).
 ///
 /// A guest could halt without being told. But Linux asks its idle governor, who knows when a CPU will be woken, only
 /// where there are states to choose from; without them it keeps its tick until that has come once more, after
