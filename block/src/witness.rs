@@ -5,46 +5,105 @@
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::AsRawFd;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+
+/// The most that are kept open for later.
+const KEPT: usize = 16;
 
 /// The open files of one disk besides its own.
 #[derive(Debug, Default)]
 pub(crate) struct Witnesses {
+    state: Mutex<State>,
+    /// One that was lent is back, or closed.
+    returned: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct State {
     /// Lent to nobody.
-    idle: Mutex<Vec<Witness>>,
+    idle: Vec<Witness>,
+    /// How many are lent, or about to be opened for that.
+    lent: usize,
+    /// How often one came back.
+    returns: u64,
     /// Writes that have failed.
-    failures: AtomicU64,
+    failures: u64,
 }
 
 /// One open file.
 #[derive(Debug)]
 struct Witness {
     file: File,
-    /// [`Witnesses::failures`] when it was opened. Once there are more, it would tell of those too.
+    /// [`State::failures`] when it was opened. Once there are more, it would tell of those too.
     failures: u64,
 }
 
 impl Witnesses {
-    /// Calls `write` with an open file for the inode of `disk` that nobody else has meanwhile.
+    /// Calls `write` with an open file for the inode of `disk` that nobody else has meanwhile. While the host gives no more
+    /// of them, waits for one that is lent.
     ///
     /// # Errors
-    /// Those of `write`, and when the host gives no more open files.
+    /// Those of `write`, and when the host gives no open file and none is lent.
     pub(crate) fn lend<T>(&self, disk: &File, write: impl FnOnce(&File) -> io::Result<T>) -> io::Result<T> {
-        let failures = self.failures.load(Ordering::SeqCst);
-        let idle = self.idle().pop().filter(|witness| witness.failures == failures);
-        let witness = idle.map_or_else(|| open_again(disk).map(|file| Witness { file, failures }), Ok)?;
+        self.lend_by(|| open_again(disk), write)
+    }
+
+    fn lend_by<T>(
+        &self,
+        open: impl Fn() -> io::Result<File>,
+        write: impl FnOnce(&File) -> io::Result<T>,
+    ) -> io::Result<T> {
+        let witness = self.take(open)?;
         let result = write(&witness.file);
-        if result.is_ok() {
-            self.idle().push(witness);
-        } else {
-            self.failures.fetch_add(1, Ordering::SeqCst);
+        let mut state = self.lock();
+        state.lent -= 1;
+        state.returns += 1;
+        if result.is_err() {
+            state.failures += 1;
         }
+        let kept = result.is_ok() && state.idle.len() < KEPT;
+        // Before anybody is told that there is room for another.
+        let closed = if kept {
+            state.idle.push(witness);
+            None
+        } else {
+            Some(witness)
+        };
+        drop(state);
+        drop(closed);
+        self.returned.notify_one();
         result
     }
 
-    fn idle(&self) -> MutexGuard<'_, Vec<Witness>> {
-        self.idle.lock().unwrap_or_else(PoisonError::into_inner)
+    fn take(&self, open: impl Fn() -> io::Result<File>) -> io::Result<Witness> {
+        let mut state = self.lock();
+        loop {
+            let (failures, returns) = (state.failures, state.returns);
+            let idle = state.idle.pop().filter(|witness| witness.failures == failures);
+            state.lent += 1;
+            drop(state);
+            let error = match idle.map_or_else(|| open().map(|file| Witness { file, failures }), Ok) {
+                Ok(witness) => return Ok(witness),
+                Err(error) => error,
+            };
+            state = self.lock();
+            state.lent -= 1;
+            let too_many = matches!(error.raw_os_error(), Some(libc::EMFILE | libc::ENFILE));
+            // Else there is room again.
+            let none = state.idle.is_empty() && state.returns == returns;
+            if !too_many || none && state.lent == 0 {
+                // Whoever waits may have waited for this one.
+                self.returned.notify_one();
+                return Err(error);
+            }
+            if none {
+                state = self.returned.wait(state).unwrap_or_else(PoisonError::into_inner);
+            }
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -59,7 +118,9 @@ mod tests {
     use std::os::unix::fs::FileExt;
     use std::path::Path;
     use std::process::Command;
-    use std::sync::Arc;
+    use std::sync::atomic::{AtomicBool, Ordering};
+    use std::sync::{Arc, mpsc};
+    use std::thread;
 
     use vm_memory::{Bytes, GuestAddress};
 
@@ -151,5 +212,57 @@ mod tests {
         };
         disk.change_durably(&mut || change(BLOCKS - 1)).unwrap_err();
         disk.change_durably(&mut || change(0)).unwrap();
+    }
+
+    /// Has so many lent at once.
+    fn lend_at_once(witnesses: &Witnesses, disk: &File, count: usize) {
+        let others = |_: &File| {
+            if count > 1 {
+                lend_at_once(witnesses, disk, count - 1);
+            }
+            Ok(())
+        };
+        witnesses.lend(disk, others).unwrap();
+    }
+
+    #[test]
+    fn open_files_are_used_again_and_few_are_kept() {
+        let (witnesses, disk) = (Witnesses::default(), tempfile::tempfile().unwrap());
+        for (at_once, kept) in [(1, 1), (3, 3), (2, 3), (2 * KEPT, KEPT), (1, KEPT)] {
+            lend_at_once(&witnesses, &disk, at_once);
+            let state = witnesses.lock();
+            assert_eq!((state.idle.len(), state.lent), (kept, 0), "{at_once} at once");
+        }
+    }
+
+    /// A host that gives a single one.
+    #[test]
+    fn who_gets_no_open_file_waits_for_one_that_is_lent() {
+        let too_many = || io::Error::from_raw_os_error(libc::EMFILE);
+        for fails in [false, true] {
+            let (witnesses, given) = (Witnesses::default(), AtomicBool::new(false));
+            let (refused, was_refused) = mpsc::channel();
+            let open = || {
+                if given.swap(true, Ordering::SeqCst) {
+                    refused.send(()).unwrap();
+                    return Err(too_many());
+                }
+                tempfile::tempfile()
+            };
+            thread::scope(|scope| {
+                let mut second = None;
+                let first = witnesses.lend_by(open, |_| {
+                    second = Some(scope.spawn(|| witnesses.lend_by(open, |_| Ok(()))));
+                    was_refused.recv().unwrap();
+                    // What failed is closed, and so the host has one again.
+                    given.store(!fails, Ordering::SeqCst);
+                    if fails { Err(io::ErrorKind::Other.into()) } else { Ok(()) }
+                });
+                assert_eq!(first.is_err(), fails);
+                second.unwrap().join().unwrap().unwrap();
+            });
+        }
+        let none = Witnesses::default().lend_by(|| Err(too_many()), |_| Ok(()));
+        assert_eq!(none.unwrap_err().raw_os_error(), Some(libc::EMFILE), "none is lent");
     }
 }
