@@ -43,8 +43,7 @@ pub(super) trait Image: Send + Sync {
     /// As `fdatasync(2)`, and [`Image::flushed`].
     fn flush(&self) -> io::Result<()>;
 
-    /// Makes `change`, and then `fdatasync(2)` for it: told of what becomes of that, whoever else is told of it too, and of
-    /// nothing else.
+    /// Makes `change`, and then `fdatasync(2)` for it: told of what becomes of that, whoever else is told of it too.
     fn durably(&self, change: &mut dyn FnMut() -> io::Result<()>) -> io::Result<()>;
 
     /// What a flush comes to that was made by other means, with this `result`.
