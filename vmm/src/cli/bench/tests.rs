@@ -3,7 +3,6 @@
 use super::*;
 use crate::cli::{Cli, Command};
 use block::engine::Aio;
-use block::engine::threads::DEFAULT_THREADS;
 use clap::Parser;
 use skiff::bench::{Axes, Place, Plan, Subject};
 use std::num::NonZeroUsize;
@@ -45,7 +44,7 @@ fn lists() {
         ioeventfds: vec![true, false],
         polls: vec![0, 32],
         merges: vec![false, true],
-        pools: vec![NonZeroUsize::MIN, DEFAULT_THREADS],
+        pools: [1, 16].map(|threads| NonZeroUsize::new(threads).unwrap()).to_vec(),
         completions: vec![Completion::Interrupt, Completion::Poll],
     };
     let (runtime, warm_up) = (Duration::from_millis(500), Duration::from_millis(50));
