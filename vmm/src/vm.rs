@@ -296,6 +296,8 @@ impl Control {
 /// Signals, as bytes in a socket.
 struct Signals {
     receiver: UnixStream,
+    /// Open, so that the receiver is not at its end though there may be no signal to send.
+    _sender: UnixStream,
     count: Arc<AtomicU32>,
 }
 
@@ -307,7 +309,7 @@ impl Signals {
         for signal in signals {
             signal_hook::low_level::pipe::register(*signal, sender.try_clone()?)?;
         }
-        Ok(Self { receiver, count: count.clone() })
+        Ok(Self { receiver, _sender: sender, count: count.clone() })
     }
 }
 
