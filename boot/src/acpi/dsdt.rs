@@ -51,8 +51,8 @@ fn name(path: &str, value: &dyn Aml) -> Name {
 /// 6.5, sections 8.4.1.1 and 8.1.2).
 ///
 /// A guest could halt without being told. But Linux asks its idle governor, who knows when a CPU will be woken, only
-/// where there are states to choose from; without them it keeps its tick until that has come once more, after
-/// everything a CPU did.
+/// where there are states to choose from; without them Debian's 6.1, for one, keeps its tick until that has come once
+/// more, after everything a CPU did.
 fn processor(uid: u32, aml: &mut Vec<u8>) {
     const C1: u8 = 1;
     const WAKING_US: u8 = 1;

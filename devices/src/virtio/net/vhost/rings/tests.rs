@@ -109,6 +109,16 @@ impl Queue {
         reaped
     }
 
+    /// One chain after the other is added, taken and used, and the driver's again.
+    fn go_round(&mut self, times: usize) {
+        for _ in 0..times {
+            self.add(0);
+            self.take();
+            self.use_batch();
+            self.reap();
+        }
+    }
+
     /// One of the things that happen in any order. Only while the interface `is_gone` something is forgotten.
     fn step(&mut self, step: (u8, usize), is_gone: bool) {
         match step {
@@ -159,12 +169,7 @@ fn what_was_used_after_something_was_forgotten_is_not_used_again() {
 fn one_chain_that_is_made_available_again_and_again_is_found() {
     let mut queue = Queue::new(0, Next::Last);
     for _ in 0..3 {
-        for _ in 0..20 {
-            queue.add(0);
-            queue.take();
-            queue.use_batch();
-            queue.reap();
-        }
+        queue.go_round(20);
         queue.add(0);
         queue.take();
         queue.forget_batch();
@@ -178,12 +183,7 @@ fn what_the_driver_wrote_over_is_not_guessed() {
     queue.add(0);
     queue.take();
     queue.forget_batch();
-    for _ in 0..10 {
-        queue.add(0);
-        queue.take();
-        queue.use_batch();
-        queue.reap();
-    }
+    queue.go_round(10);
     assert_eq!(queue.use_forgotten(), (Forgotten { used: 0, unknown: 1 }, vec![]));
     // And is no trouble later.
     queue.add(0);
@@ -200,12 +200,7 @@ fn what_waits_to_be_taken_was_not_forgotten() {
     queue.add(0);
     queue.take();
     queue.forget_batch();
-    for _ in 0..20 {
-        queue.add(0);
-        queue.take();
-        queue.use_batch();
-        queue.reap();
-    }
+    queue.go_round(20);
     queue.add(0);
     assert_eq!(queue.use_forgotten(), (Forgotten { used: 0, unknown: 1 }, vec![]));
 }
